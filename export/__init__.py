@@ -1,0 +1,1 @@
+"""From a checkpoint to ONNX halves, engines and the engine folder."""

@@ -1,0 +1,1 @@
+"""The ground floor: a diffusion model cut in two."""

@@ -1,0 +1,233 @@
+"""From what a user has on disk to a diffusers pipeline; nothing in a checkpoint is executed.
+
+Finding and fingerprinting a checkpoint needs no torch, so a finished export is recognised at once.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from encache.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: The parts of a diffusers folder that reach an image; a safety checker does not.
+_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+
+
+def default_model() -> Path:
+    """Folder of the model that ships with encache: 64x64 emoji."""
+    return Path(str(files("encache.model"))) / "emoji"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder, or a safetensors file with the folder that completes it.
+
+    Attributes:
+        folder: diffusers folder; None for a single-file checkpoint without one.
+        weights: safetensors file whose tensors replace those of the folder.
+        holds: "pipeline" for a single-file Stable Diffusion, "unet" for UNet weights alone.
+    """
+
+    folder: Path | None
+    weights: Path | None = None
+    holds: str = "pipeline"
+
+    @property
+    def name(self) -> str:
+        """Short name for folders and reports."""
+        return (self.weights or self.folder or Path("model")).stem
+
+    def files(self) -> Iterator[Path]:
+        """Every file that determines an image, in a stable order."""
+        if self.folder:
+            for part in _PARTS:
+                path = self.folder / part
+                inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+                yield from (file for file in inside if file.suffix in {".json", ".txt"})
+                yield from (file for file in inside if file.suffix == ".safetensors")
+        if self.weights:
+            yield self.weights
+
+    def fingerprint(self) -> str:
+        """sha256 over the contents and names of `files`: equal for equal models, wherever."""
+        total = hashlib.sha256()
+        for file in self.files():
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+            total.update(file.name.encode())
+        return total.hexdigest()
+
+
+def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = None) -> Checkpoint:
+    """Find out what `ckpt` is, without loading it.
+
+    Args:
+        ckpt: diffusers folder, hub id, single-file or UNet-only `.safetensors`; None for the
+            default model.
+        base: diffusers folder or hub id that completes a `.safetensors` file. UNet weights that
+            name their base in their header do not need it.
+
+    Raises:
+        CheckpointError: nothing there, a pickle, corrupt, or of another kind.
+    """
+    if ckpt is None:
+        return Checkpoint(_find_folder(base or default_model()))
+    path = Path(ckpt).expanduser()
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{path} is a pickle, and reading a pickle runs whatever code is in it. Convert it in "
+            "a sandbox: python -c \"import sys, torch; from safetensors.torch import save_file; "
+            "d = torch.load(sys.argv[1], weights_only=True); d = d.get('state_dict', d); "
+            "save_file({k: v.contiguous() for k, v in d.items() if hasattr(v, 'shape')}, "
+            f"sys.argv[2])\" {path} {path.with_suffix('.safetensors')}"
+        )
+    if not path.is_file():
+        return Checkpoint(_find_folder(ckpt))
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
+    names, metadata = _read_header(path)
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        return Checkpoint(_find_folder(base) if base else None, path, "pipeline")
+    if not {"conv_in.weight", "conv_out.weight"} <= names:
+        what = "a LoRA" if any("lora" in name for name in names) else "something else"
+        raise CheckpointError(
+            f"{path} is neither a UNet nor a Stable Diffusion checkpoint but {what}: its first "
+            f"tensor is {min(names, default='missing')!r}."
+        )
+    base = base or metadata.get("base")
+    if not base:
+        raise CheckpointError(
+            f"{path} holds a UNet alone and does not name its base. Add --base with the diffusers "
+            "folder or hub id of the model it was trained from."
+        )
+    default = base == "encache/emoji"
+    return Checkpoint(_find_folder(default_model() if default else base), path, "unet")
+
+
+def _read_header(path: Path) -> tuple[set[str], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return set(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}).") from error
+
+
+def _find_folder(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{path} is not a diffusers folder: it holds no model_index.json."
+            )
+        _refuse_incomplete(path)
+        return path
+    if not path.exists() and _HUB_ID.fullmatch(str(folder)):
+        return _download(str(folder))
+    raise CheckpointError(f"There is no diffusers folder at {path}. Check the path.")
+
+
+def _refuse_incomplete(path: Path) -> None:
+    try:
+        index = json.loads((path / "model_index.json").read_text())
+        parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    except (ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path / 'model_index.json'} is damaged ({error}).") from error
+    for part in sorted(parts & {"unet", "vae", "text_encoder"}):
+        if not list((path / part).glob("*.safetensors")):
+            raise CheckpointError(
+                f"{path / part} holds no .safetensors weights; pickled weights (.bin) are not "
+                "read because loading one can run code. Download the safetensors variant."
+            )
+    for part in sorted(parts & set(_PARTS)):
+        if not (path / part).is_dir():
+            raise CheckpointError(f"{path} is incomplete: it holds no {part} folder.")
+
+
+def _download(hub_id: str) -> Path:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{hub_id!r} is no local path and could not be fetched from the hub: {reason}"
+        ) from error
+
+
+def load_pipeline(
+    checkpoint: Checkpoint, dtype: "torch.dtype | None" = None
+) -> "StableDiffusionPipeline":
+    """Load the checkpoint as a StableDiffusionPipeline without safety checker.
+
+    Args:
+        checkpoint: from `find_checkpoint`.
+        dtype: of the weights; float32 by default.
+
+    Raises:
+        CheckpointError: the files are damaged or belong to another architecture.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    options = {
+        "torch_dtype": dtype or torch.float32,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "use_safetensors": True,
+    }
+    single_file = checkpoint.weights is not None and checkpoint.holds == "pipeline"
+    try:
+        if single_file:
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(checkpoint.weights), config=_optional(checkpoint.folder), **options
+            )
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                checkpoint.folder, local_files_only=True, **options
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{checkpoint.weights if single_file else checkpoint.folder} could not be loaded as "
+            f"Stable Diffusion: {reason}"
+        ) from error
+    if checkpoint.weights and not single_file:
+        _lay_over(pipeline.unet, checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _optional(path: Path | None) -> str | None:
+    return str(path) if path else None
+
+
+def _lay_over(unet: "torch.nn.Module", checkpoint: Checkpoint) -> None:
+    from safetensors.torch import load_file
+
+    assert checkpoint.weights
+    new, old = load_file(checkpoint.weights), unet.state_dict()
+    wrong = sorted(
+        name
+        for name in new.keys() | old.keys()
+        if name not in new or name not in old or new[name].shape != old[name].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.weights} is a UNet of another architecture than {checkpoint.folder}: "
+            f"{len(wrong)} tensors differ, the first is {wrong[0]}. Give its own base with --base."
+        )
+    unet.load_state_dict(new)

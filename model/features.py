@@ -1,0 +1,62 @@
+"""The one table of the tensors that cross the cut; split, export, engines and sampler read it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from typing import Literal
+
+from encache.errors import CheckpointError
+
+#: Where the UNet is cut: after the mid block, or after up_blocks[0], [1] or [2].
+Cut = Literal["mid", "up0", "up1", "up2"]
+CUTS: tuple[Cut, ...] = get_args(Cut)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One tensor that crosses the cut: `channels` at 1 / 2**level of the latent's size."""
+
+    name: str
+    channels: int
+    level: int
+
+    def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape for latents [batch, 4, height, width]; every halving rounds up."""
+        scale = 2**self.level
+        return (batch, self.channels, -(-height // scale), -(-width // scale))
+
+
+def num_up_blocks_cached(cut: Cut) -> int:
+    """How many up blocks run with the encoder."""
+    return CUTS.index(cut)
+
+
+def feature_table(unet_config: Mapping[str, Any], cut: Cut) -> tuple[Feature, ...]:
+    """List the features of a UNet2DConditionModel config in the order both halves use.
+
+    The skip tensors that the decoder still needs come first, in the order the encoder makes them,
+    and the hidden state at the cut comes last.
+
+    Raises:
+        CheckpointError: the UNet has too few up blocks for this cut.
+    """
+    channels = tuple(unet_config["block_out_channels"])
+    layers = unet_config["layers_per_block"]
+    layers = (layers,) * len(channels) if isinstance(layers, int) else tuple(layers)
+    cached = num_up_blocks_cached(cut)
+    if cached >= len(channels):
+        raise CheckpointError(
+            f"The cut {cut} leaves nothing to decode: this UNet has {len(channels)} up blocks. "
+            f"Choose one of {', '.join(CUTS[: len(channels)])}."
+        )
+    skips = [Feature("skip_0", channels[0], 0)]
+    for level, (width, depth) in enumerate(zip(channels, layers, strict=True)):
+        levels = [level] * depth + ([level + 1] if level + 1 < len(channels) else [])
+        skips += [Feature(f"skip_{len(skips) + i}", width, at) for i, at in enumerate(levels)]
+    used = sum(depth + 1 for depth in tuple(reversed(layers))[:cached])
+    deepest = len(channels) - 1
+    hidden = Feature(
+        "hidden", tuple(reversed(channels))[max(cached - 1, 0)], deepest - cached
+    )
+    return (*skips[: len(skips) - used], hidden)

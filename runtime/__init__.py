@@ -1,0 +1,1 @@
+"""From a prompt through a plan and an engine pair to an image."""

@@ -1,0 +1,359 @@
+"""`EncachePipeline`: diffusers' Stable Diffusion call over an engine pair and a plan."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from tqdm import tqdm
+
+from encache.errors import EncacheError
+from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.features import Cut
+from encache.runtime.blend import Blend
+from encache.runtime.engines import Engines, TorchEngines
+from encache.runtime.plan import Decode, Plan, make_plan
+from encache.runtime.sampler import Guide, sample
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from encache.runtime.solver import Scheduler
+
+Prompt = str | Sequence[str]
+Callback = Callable[["EncachePipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How pictures and latents relate in one model.
+
+    Attributes:
+        channels: latent channels.
+        sample_size: default latent height and width.
+        downscale: picture pixels per latent pixel and side.
+        scaling_factor: latents = encoded picture * scaling_factor.
+    """
+
+    channels: int
+    sample_size: int
+    downscale: int
+    scaling_factor: float
+
+
+class EncachePipeline:
+    """Stable Diffusion text-to-image with cached encoder features.
+
+    Called like diffusers' StableDiffusionPipeline, with the caching policy as further arguments.
+    A pipeline keeps no state between calls except its engines and its scheduler.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        tokenizer: "CLIPTokenizer",
+        scheduler: "Scheduler",
+        spec: ImageSpec,
+    ) -> None:
+        self.engines = engines
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.spec = spec
+        self.image_processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pipe(cls, pipeline: "StableDiffusionPipeline", cut: Cut = "up2") -> "EncachePipeline":
+        """Wrap a diffusers pipeline; its modules are shared, not copied or changed."""
+        vae, unet = pipeline.vae.config, pipeline.unet.config
+        spec = ImageSpec(
+            channels=unet.in_channels,
+            sample_size=unet.sample_size,
+            downscale=2 ** (len(vae.block_out_channels) - 1),
+            scaling_factor=vae.scaling_factor,
+        )
+        engines = TorchEngines(pipeline, cut)
+        return cls(engines, pipeline.tokenizer, pipeline.scheduler, spec)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        base: str | Path | None = None,
+        cut: Cut = "up2",
+        backend: str = "onnxruntime",
+        dtype: str = "fp32",
+        engine_dir: str | Path = "engines",
+    ) -> "EncachePipeline":
+        """Open a model on a backend, building its engines when they are missing.
+
+        Args:
+            model: diffusers folder, hub id, `.safetensors` file, or None for the default model.
+            base: what completes a `.safetensors` file.
+            cut: where the UNet is cut.
+            backend: "torch" or "onnxruntime".
+            dtype: "fp32" or "fp16".
+            engine_dir: where engine folders are found and built.
+
+        Raises:
+            EncacheError: the model or the engines cannot be used.
+        """
+        from encache.runtime.backends import open_engine_folder
+
+        checkpoint = find_checkpoint(model, base)
+        if backend == "torch":
+            torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+            return cls.from_pipe(load_pipeline(checkpoint, torch_dtype), cut)
+        from encache.export.build import Request, build_engines
+
+        request = Request(checkpoint, cut=cut, dtype=dtype, backend=backend)
+        return open_engine_folder(build_engines(request, Path(engine_dir)))
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **options: Any) -> "EncachePipeline":
+        """Open a single-file `.safetensors` checkpoint; options as for `from_pretrained`."""
+        return cls.from_pretrained(path, **options)
+
+    @classmethod
+    def from_engines(cls, folder: str | Path) -> "EncachePipeline":
+        """Open one engine folder, which is complete in itself: no checkpoint is needed."""
+        from encache.runtime.backends import open_engine_folder
+
+        return open_engine_folder(Path(folder))
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for tqdm, as in diffusers; `disable=True` silences it."""
+        self._progress_bar_config = options
+
+    def plan(
+        self,
+        num_inference_steps: int = 50,
+        *,
+        stride: int = 5,
+        key_calls: Sequence[int] | None = None,
+        blend: Blend = "extrapolate",
+        prior_noise: bool = False,
+        max_decode_batch: int | None = None,
+        rows_per_call: int = 2,
+    ) -> Plan:
+        """The plan that a call with these arguments executes; see `make_plan`."""
+        max_calls = None
+        if max_decode_batch is not None:
+            if max_decode_batch < rows_per_call:
+                raise EncacheError(
+                    f"One call decodes {rows_per_call} rows (images times guidance), more than "
+                    f"the {max_decode_batch} that max_decode_batch allows. Raise it, or make "
+                    "fewer images at once."
+                )
+            max_calls = max_decode_batch // rows_per_call
+        return make_plan(
+            self.scheduler,
+            num_inference_steps,
+            stride=stride,
+            key_calls=key_calls,
+            blend=blend,
+            prior_noise=prior_noise,
+            max_decode_calls=max_calls,
+        )
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        stride: int = 5,
+        key_calls: Sequence[int] | None = None,
+        blend: Blend = "extrapolate",
+        prior_noise: bool = False,
+        max_decode_batch: int | None = None,
+    ) -> Any:
+        """Make pictures from prompts.
+
+        Args:
+            prompt: one or several.
+            height, width: in pixels, divisible by 8; by default the model's own size.
+            num_inference_steps: steps of the full sampler.
+            guidance_scale: classifier-free guidance; 1 or less turns it off.
+            negative_prompt: one for all prompts, or one each.
+            num_images_per_prompt: pictures per prompt, next to each other in the result.
+            generator: one per picture makes each independent of its batch mates.
+            latents: unit noise [n, 4, h, w] instead of drawing it.
+            prompt_embeds, negative_prompt_embeds: text embeddings [len(prompt), L, D].
+            output_type: "pil", "np" [n, H, W, 3], "pt" [n, 3, H, W], both in [0, 1], or "latent".
+            return_dict: False returns (images, None).
+            guidance_rescale: Lin et al. (arXiv 2305.08891, section 3.4).
+            callback_on_step_end: called in order for every call of a decoded segment with
+                {"latents"}; it may read but not replace them.
+            callback_on_step_end_tensor_inputs: only "latents" exists here.
+            stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`.
+            max_decode_batch: most rows (calls x images x guidance) in one decoder run.
+
+        Returns:
+            StableDiffusionPipelineOutput; `nsfw_content_detected` is None.
+
+        Raises:
+            EncacheError: arguments that cannot be honoured.
+        """
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise EncacheError("Callbacks receive 'latents'; no other tensor lives between calls.")
+        guided = guidance_scale > 1
+        text = self._encode_prompts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided
+        )
+        text = text.repeat_interleave(num_images_per_prompt, dim=1)
+        noise = self._draw_noise(text.shape[1], height, width, generator, latents)
+        plan = self.plan(
+            num_inference_steps,
+            stride=stride,
+            key_calls=key_calls,
+            blend=blend,
+            prior_noise=prior_noise,
+            max_decode_batch=max_decode_batch,
+            rows_per_call=text.shape[0] * text.shape[1],
+        )
+        with tqdm(total=plan.num_calls, **self._progress_bar_config) as bar:
+
+            def on_decoded(step: Decode, latents_before: Callable[[int], Tensor]) -> None:
+                bar.update(step.stop - step.start)
+                if callback_on_step_end:
+                    self._call_back(callback_on_step_end, step, latents_before)
+
+            result = sample(
+                plan,
+                self.engines,
+                noise,
+                text.flatten(0, 1),
+                make_guide(guidance_scale if guided else None, guidance_rescale),
+                on_decoded,
+            )
+        images = self.decode(result, output_type)
+        if not return_dict:
+            return images, None
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return self.engines.encode_text(tokens.input_ids)
+
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Turn latents [n, 4, h, w] into pictures of the given type."""
+        if output_type == "latent":
+            return latents
+        pictures = [
+            self.engines.decode_latents(one / self.spec.scaling_factor) for one in latents.split(1)
+        ]
+        return self.image_processor.postprocess(torch.cat(pictures), output_type=output_type)
+
+    def _encode_prompts(
+        self,
+        prompt: Prompt | None,
+        negative_prompt: Prompt | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        guided: bool,
+    ) -> Tensor:
+        """Embeddings [G, n, L, D], the negative ones first."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise EncacheError("Give either prompt or prompt_embeds.")
+        if prompt_embeds is None:
+            assert prompt is not None
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompt_embeds = self.encode_prompts(prompts)
+        if not guided:
+            return prompt_embeds[None]
+        if negative_prompt_embeds is None:
+            negative = negative_prompt or ""
+            negatives = [negative] if isinstance(negative, str) else list(negative)
+            if len(negatives) == 1:
+                negatives = negatives * len(prompt_embeds)
+            negative_prompt_embeds = self.encode_prompts(negatives)
+        if negative_prompt_embeds.shape != prompt_embeds.shape:
+            raise EncacheError(
+                f"There are {len(prompt_embeds)} prompts and {len(negative_prompt_embeds)} "
+                "negative ones; give one for all, or one each."
+            )
+        return torch.stack([negative_prompt_embeds, prompt_embeds])
+
+    def _draw_noise(
+        self,
+        num_images: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        default = self.spec.sample_size * self.spec.downscale
+        height, width = height or default, width or default
+        if height % 8 or width % 8 or min(height, width) < 8:
+            raise EncacheError(
+                f"Height and width must be multiples of 8, not {height} x {width}: try "
+                f"{max(8, height // 8 * 8)} x {max(8, width // 8 * 8)}."
+            )
+        scale = self.spec.downscale
+        shape = (num_images, self.spec.channels, height // scale, width // scale)
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise EncacheError(f"{len(generator)} generators were given for {num_images} images.")
+        if latents is None:
+            device, dtype = self.engines.device, self.engines.dtype
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if latents.shape != shape:
+            raise EncacheError(f"latents must be {list(shape)}, not {list(latents.shape)}.")
+        return latents.to(self.engines.device, torch.float32)
+
+    def _call_back(
+        self, callback: Callback, step: Decode, latents_before: Callable[[int], Tensor]
+    ) -> None:
+        for call, timestep in zip(range(step.start, step.stop), step.timesteps, strict=True):
+            latents = latents_before(call + 1)
+            returned = callback(self, call, torch.tensor(timestep), {"latents": latents}) or {}
+            if returned.get("latents", latents) is not latents:
+                raise EncacheError(
+                    "callback_on_step_end replaced the latents, but the calls of a segment are "
+                    "already decoded when it runs. Use the diffusers pipeline for that."
+                )
+
+
+def make_guide(scale: float | None, rescale: float = 0.0) -> Guide:
+    """Classifier-free guidance eps_u + s (eps_c - eps_u) over [K, 2, n, 4, h, w]; None is off."""
+
+    def guide(predicted: Tensor) -> Tensor:
+        if scale is None:
+            return predicted[:, 0]
+        unconditional, conditional = predicted.unbind(1)
+        noise = unconditional + scale * (conditional - unconditional)
+        if not rescale:
+            return noise
+        axes = (2, 3, 4)
+        matched = noise * (conditional.std(axes, keepdim=True) / noise.std(axes, keepdim=True))
+        return rescale * matched + (1 - rescale) * noise
+
+    return guide

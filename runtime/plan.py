@@ -1,0 +1,259 @@
+"""The plan: everything about a sampling run that is known before the first latent exists."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from encache.errors import PlanError
+from encache.runtime.blend import NUM_SLOTS, Blend, lagrange_weights
+from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
+
+#: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
+PAPER_KEY_CALLS: dict[int, tuple[int, ...]] = {
+    50: (0, 1, 2, 3, 5, 10, 15, 25, 35),
+    20: (0, 1, 2, 3, 5, 10, 15),
+}
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Run the encoder for a key call on latents made from the noise history.
+
+    Attributes:
+        call: the key call.
+        timestep: of the key call.
+        row: coefficients over (z, eps_0, ..., eps_{N-1}) of the encoder's input.
+        slot: place in the ring that receives the features.
+    """
+
+    call: int
+    timestep: float
+    row: Row
+    slot: int
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Run the decoder for calls start..stop-1 in one batch.
+
+    Attributes:
+        start, stop: the calls.
+        timesteps: of these calls.
+        weights: one row per call, one column per ring slot.
+    """
+
+    start: int
+    stop: int
+    timesteps: tuple[float, ...]
+    weights: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampling run as data: hashable, JSON, the same for every backend.
+
+    Attributes:
+        num_calls: N, denoiser evaluations of the full sampler.
+        num_slots: M, slots of the feature ring.
+        key_calls: where the encoder runs.
+        blend: name of the rule that made the weights.
+        steps: the encoder and decoder runs in order.
+        samples: row k gives the latents before call k, row N the result, over
+            (z, eps_0, ..., eps_{N-1}).
+        timesteps: of all calls.
+    """
+
+    num_calls: int
+    num_slots: int
+    key_calls: tuple[int, ...]
+    blend: Blend
+    steps: tuple[Encode | Decode, ...]
+    samples: tuple[Row, ...]
+    timesteps: tuple[float, ...]
+
+    @property
+    def num_encoder_runs(self) -> int:
+        """Encoder evaluations per image."""
+        return sum(isinstance(step, Encode) for step in self.steps)
+
+    @property
+    def num_decoder_runs(self) -> int:
+        """Decoder batches per image."""
+        return sum(isinstance(step, Decode) for step in self.steps)
+
+    def to_json(self) -> str:
+        """All numbers of the run, readable by any program."""
+        return json.dumps(asdict(self))
+
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that name these numbers, rounded to 6 significant digits."""
+        rounded = _round(asdict(self))
+        return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _round(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _round(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_round(item) for item in value]
+    return value
+
+
+def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:
+    """Every `stride`-th call: (0, stride, 2 stride, ...)."""
+    if not 1 <= stride <= num_calls:
+        raise PlanError(f"The stride {stride} must be between 1 and the {num_calls} calls.")
+    return tuple(range(0, num_calls, stride))
+
+
+def paper_key_calls(num_calls: int) -> tuple[int, ...]:
+    """The key calls that Faster Diffusion publishes for this number of calls."""
+    if num_calls not in PAPER_KEY_CALLS:
+        known = " and ".join(map(str, PAPER_KEY_CALLS))
+        raise PlanError(
+            f"The paper gives key calls for {known} calls, not for {num_calls}. Use --stride, or "
+            "list the key calls."
+        )
+    return PAPER_KEY_CALLS[num_calls]
+
+
+def check_key_calls(key_calls: Sequence[int], num_calls: int) -> tuple[int, ...]:
+    """Return the key calls, or raise PlanError unless they rise from 0 within the calls."""
+    calls = tuple(key_calls)
+    if not calls or calls[0] != 0:
+        raise PlanError(f"Key calls must start at 0: there is nothing to reuse yet, got {calls}.")
+    if any(later <= earlier for earlier, later in zip(calls, calls[1:], strict=False)):
+        raise PlanError(f"Key calls must rise without repeats, got {calls}.")
+    if calls[-1] >= num_calls:
+        raise PlanError(f"Key call {calls[-1]} is beyond the last of {num_calls} calls.")
+    return calls
+
+
+def make_plan(
+    scheduler: Scheduler,
+    num_steps: int,
+    *,
+    stride: int = 1,
+    key_calls: Sequence[int] | None = None,
+    blend: Blend = "extrapolate",
+    prior_noise: bool = False,
+    max_decode_calls: int | None = None,
+) -> Plan:
+    """Turn a scheduler and a caching policy into a plan.
+
+    Args:
+        scheduler: a deterministic diffusers scheduler; it is copied, never changed.
+        num_steps: num_inference_steps.
+        stride: distance of uniform key calls; 1 samples without a cache.
+        key_calls: explicit key calls instead of a stride.
+        blend: see `encache.runtime.blend`.
+        prior_noise: inject z as Faster Diffusion does.
+        max_decode_calls: split larger decoder batches, which bounds memory.
+
+    Raises:
+        PlanError: the numbers do not fit together.
+    """
+    table = probe_solver(scheduler, num_steps, PRIOR_NOISE if prior_noise else 0.0)
+    if key_calls is None:
+        key_calls = uniform_key_calls(stride, table.num_calls)
+    keys = check_key_calls(key_calls, table.num_calls)
+    look_ahead = blend.startswith("interpolate")
+    make_steps = _look_ahead_steps if look_ahead else _causal_steps
+    steps = make_steps(table, keys, blend)
+    return Plan(
+        num_calls=table.num_calls,
+        num_slots=min(NUM_SLOTS[blend], len(keys)),
+        key_calls=keys,
+        blend=blend,
+        steps=tuple(_split_decodes(steps, max_decode_calls)),
+        samples=_rows(table.samples),
+        timesteps=tuple(table.timesteps.tolist()),
+    )
+
+
+def _causal_steps(
+    table: SolverTable, keys: tuple[int, ...], blend: Blend
+) -> list[Encode | Decode]:
+    """Encode each key call, then decode its whole segment from the last M key features."""
+    slots = min(NUM_SLOTS[blend], len(keys))
+    steps: list[Encode | Decode] = []
+    for index, (key, stop) in enumerate(zip(keys, (*keys[1:], table.num_calls), strict=True)):
+        nodes = keys[max(0, index + 1 - slots) : index + 1]
+        steps.append(_encode(table, key, index % slots))
+        steps.append(_decode(table, range(key, stop), nodes, keys, slots))
+    return steps
+
+
+def _look_ahead_steps(
+    table: SolverTable, keys: tuple[int, ...], blend: Blend
+) -> list[Encode | Decode]:
+    """Decode a key call, guess the next key's latents with its noise, encode there, interpolate.
+
+    The last segment has no next key, so it extrapolates.
+    """
+    slots = min(NUM_SLOTS[blend], len(keys))
+    steps: list[Encode | Decode] = [_encode(table, 0, 0)]
+    for index, (key, following) in enumerate(zip(keys, keys[1:], strict=False)):
+        steps.append(_decode(table, range(key, key + 1), (key,), keys, slots))
+        steps.append(_encode(table, following, (index + 1) % slots, held_from=key))
+        if following > key + 1:
+            steps.append(
+                _decode(table, range(key + 1, following), (key, following), keys, slots)
+            )
+        if blend == "interpolate-refresh":
+            steps.append(_encode(table, following, (index + 1) % slots))
+    steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots))
+    return steps
+
+
+def _encode(table: SolverTable, call: int, slot: int, held_from: int | None = None) -> Encode:
+    """An encoder run at `call`, with the noise of later calls held at that of `held_from`."""
+    row = table.inputs[call].clone()
+    if held_from is not None:
+        first = held_from + 1  # column of eps at held_from
+        row[first] = row[first : call + 1].sum()
+        row[first + 1 : call + 1] = 0
+    return Encode(call, table.timesteps[call].item(), tuple(row.tolist()), slot)
+
+
+def _decode(
+    table: SolverTable,
+    calls: range,
+    nodes: tuple[int, ...],
+    keys: tuple[int, ...],
+    slots: int,
+) -> Decode:
+    """A decoder run whose weights interpolate the `nodes`, each in the slot of its key call."""
+    rows = []
+    for call in calls:
+        row = [0.0] * slots
+        for node, weight in zip(nodes, lagrange_weights(nodes, call), strict=True):
+            row[keys.index(node) % slots] = weight
+        rows.append(tuple(row))
+    timesteps = tuple(table.timesteps[calls.start : calls.stop].tolist())
+    return Decode(calls.start, calls.stop, timesteps, tuple(rows))
+
+
+def _split_decodes(
+    steps: Sequence[Encode | Decode], max_calls: int | None
+) -> list[Encode | Decode]:
+    pieces: list[Encode | Decode] = []
+    for step in steps:
+        if isinstance(step, Encode) or max_calls is None:
+            pieces.append(step)
+            continue
+        for start in range(step.start, step.stop, max_calls):
+            stop = min(start + max_calls, step.stop)
+            part = slice(start - step.start, stop - step.start)
+            pieces.append(Decode(start, stop, step.timesteps[part], step.weights[part]))
+    return pieces
+
+
+def _rows(table: Any) -> tuple[Row, ...]:
+    return tuple(tuple(row) for row in table.tolist())

@@ -1,0 +1,39 @@
+"""What the three commands share: errors as one sentence, without a traceback."""
+
+import errno
+from typing import Any
+
+import click
+
+from encache.errors import EncacheError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EACCES: "choose a place you may write to, or change its permissions",
+    errno.EPERM: "choose a place you may write to, or change its permissions",
+    errno.EROFS: "choose a place that is not read-only",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.EISDIR: "this is a folder; choose a file",
+}
+
+
+class Command(click.Command):
+    """A click command that ends with exit code 1 and one sentence when a user can repair it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; see the class."""
+        try:
+            return super().invoke(ctx)
+        except EncacheError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno not in _REMEDIES:
+                raise
+            raise click.ClickException(explain(error)) from error
+
+
+def explain(error: OSError) -> str:
+    """Say what the operating system refused, where, and what to do: one sentence."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}: {_REMEDIES[error.errno or 0]}."

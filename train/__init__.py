@@ -1,0 +1,1 @@
+"""From data to weights: the default model's recipe."""
