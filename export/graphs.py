@@ -69,8 +69,10 @@ def pipeline_graphs(pipeline: "StableDiffusionPipeline", cut: Cut) -> tuple[Grap
     unet, tokenizer = pipeline.unet.config, pipeline.tokenizer
     names = tuple(feature.name for feature in split.features)
     dtype = pipeline.unet.dtype
-    batch, calls, slots = Dim("B"), Dim("K"), Dim("M")
-    height, width = Dim("h"), Dim("w")
+    # The bounds only spare the exporter a second trace: it proves its steps within them (diffusers
+    # branches at 64 rows, and a picture of one pixel would broadcast). The graphs have no bounds.
+    batch, calls, slots = Dim("B", max=63), Dim("K"), Dim("M")
+    height, width = Dim("h", min=9), Dim("w", min=9)
     text_shape = {0: batch, 1: Dim("L")}
     levels = {
         feature.level: (Dim(f"h{feature.level}"), Dim(f"w{feature.level}"))

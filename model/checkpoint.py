@@ -191,6 +191,7 @@ def load_pipeline(
     }
     single_file = checkpoint.weights is not None and checkpoint.holds == "pipeline"
     try:
+        _hide_progress_bars()
         if single_file:
             pipeline = StableDiffusionPipeline.from_single_file(
                 str(checkpoint.weights), config=_optional(checkpoint.folder), **options
@@ -209,6 +210,15 @@ def load_pipeline(
         _lay_over(pipeline.unet, checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _hide_progress_bars() -> None:
+    """Loading takes a second; three nested bars per model say nothing."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _optional(path: Path | None) -> str | None:

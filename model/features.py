@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
-
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from encache.errors import CheckpointError
 
@@ -25,6 +23,33 @@ class Feature:
         """Shape for latents [batch, 4, height, width]; every halving rounds up."""
         scale = 2**self.level
         return (batch, self.channels, -(-height // scale), -(-width // scale))
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How pictures and latents relate in one model.
+
+    Attributes:
+        channels: latent channels.
+        sample_size: default latent height and width.
+        downscale: picture pixels per latent pixel and side.
+        scaling_factor: latents = encoded picture * scaling_factor.
+    """
+
+    channels: int
+    sample_size: int
+    downscale: int
+    scaling_factor: float
+
+    @classmethod
+    def of(cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> "ImageSpec":
+        """Read it from the configs of a diffusers UNet and autoencoder."""
+        return cls(
+            channels=unet_config["in_channels"],
+            sample_size=unet_config["sample_size"],
+            downscale=2 ** (len(vae_config["block_out_channels"]) - 1),
+            scaling_factor=vae_config["scaling_factor"],
+        )
 
 
 def num_up_blocks_cached(cut: Cut) -> int:

@@ -44,7 +44,7 @@ class UNetEncoder(nn.Module):
         Returns:
             The features in the order of `feature_table`, each [B, C, h', w'].
         """
-        emb = _embed_time(self.unet, timestep.expand(len(latents)), text, added_text, time_ids)
+        emb = _embed_time(self.unet, timestep.expand(latents.shape[0]), text, added_text, time_ids)
         hidden = self.unet.conv_in(latents)
         skips: tuple[Tensor, ...] = (hidden,)
         for block in self.unet.down_blocks:

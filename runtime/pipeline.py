@@ -1,7 +1,6 @@
 """`EncachePipeline`: diffusers' Stable Diffusion call over an engine pair and a plan."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encache.errors import EncacheError
+from encache.export.manifest import read_manifest
 from encache.model.checkpoint import find_checkpoint, load_pipeline
-from encache.model.features import Cut
+from encache.model.features import Cut, ImageSpec
+from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import Blend
 from encache.runtime.engines import Engines, TorchEngines
 from encache.runtime.plan import Decode, Plan, make_plan
@@ -28,23 +29,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[str]
 Callback = Callable[["EncachePipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How pictures and latents relate in one model.
-
-    Attributes:
-        channels: latent channels.
-        sample_size: default latent height and width.
-        downscale: picture pixels per latent pixel and side.
-        scaling_factor: latents = encoded picture * scaling_factor.
-    """
-
-    channels: int
-    sample_size: int
-    downscale: int
-    scaling_factor: float
 
 
 class EncachePipeline:
@@ -71,13 +55,7 @@ class EncachePipeline:
     @classmethod
     def from_pipe(cls, pipeline: "StableDiffusionPipeline", cut: Cut = "up2") -> "EncachePipeline":
         """Wrap a diffusers pipeline; its modules are shared, not copied or changed."""
-        vae, unet = pipeline.vae.config, pipeline.unet.config
-        spec = ImageSpec(
-            channels=unet.in_channels,
-            sample_size=unet.sample_size,
-            downscale=2 ** (len(vae.block_out_channels) - 1),
-            scaling_factor=vae.scaling_factor,
-        )
+        spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
         engines = TorchEngines(pipeline, cut)
         return cls(engines, pipeline.tokenizer, pipeline.scheduler, spec)
 
@@ -105,8 +83,6 @@ class EncachePipeline:
         Raises:
             EncacheError: the model or the engines cannot be used.
         """
-        from encache.runtime.backends import open_engine_folder
-
         checkpoint = find_checkpoint(model, base)
         if backend == "torch":
             torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
@@ -114,7 +90,7 @@ class EncachePipeline:
         from encache.export.build import Request, build_engines
 
         request = Request(checkpoint, cut=cut, dtype=dtype, backend=backend)
-        return open_engine_folder(build_engines(request, Path(engine_dir)))
+        return cls.from_engines(build_engines(request, Path(engine_dir)))
 
     @classmethod
     def from_single_file(cls, path: str | Path, **options: Any) -> "EncachePipeline":
@@ -124,9 +100,11 @@ class EncachePipeline:
     @classmethod
     def from_engines(cls, folder: str | Path) -> "EncachePipeline":
         """Open one engine folder, which is complete in itself: no checkpoint is needed."""
-        from encache.runtime.backends import open_engine_folder
-
-        return open_engine_folder(Path(folder))
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        engines = load_engines(folder, manifest)
+        tokenizer = load_tokenizer(folder, manifest)
+        return cls(engines, tokenizer, load_scheduler(folder, manifest), manifest.spec)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, as in diffusers; `disable=True` silences it."""

@@ -1,6 +1,9 @@
-"""What the three commands share: errors as one sentence, without a traceback."""
+"""What the commands share: errors as one sentence, and quiet libraries."""
 
 import errno
+import logging
+import os
+import warnings
 from typing import Any
 
 import click
@@ -15,6 +18,8 @@ _REMEDIES = {
     errno.EROFS: "choose a place that is not read-only",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EISDIR: "this is a folder; choose a file",
+    errno.EEXIST: "a file of this name is in the way; choose another",
+    errno.ENOENT: "check the path",
 }
 
 
@@ -23,6 +28,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see the class."""
+        _quiet_libraries()
         try:
             return super().invoke(ctx)
         except EncacheError as error:
@@ -30,10 +36,18 @@ class Command(click.Command):
         except OSError as error:
             if error.errno not in _REMEDIES:
                 raise
-            raise click.ClickException(explain(error)) from error
+            raise click.ClickException(_explain(error)) from error
 
 
-def explain(error: OSError) -> str:
+def _explain(error: OSError) -> str:
     """Say what the operating system refused, where, and what to do: one sentence."""
     where = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror}{where}: {_REMEDIES[error.errno or 0]}."
+
+
+def _quiet_libraries() -> None:
+    """Leave stderr to our own lines; what matters in the libraries' warnings is checked by us."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")

@@ -1,0 +1,145 @@
+"""Build an engine folder: complete and renamed into place, or not there at all."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from encache.errors import EngineError
+from encache.export.manifest import MANIFEST, Identity, Manifest, hash_files, identify, read_manifest
+from encache.model.checkpoint import Checkpoint, load_pipeline
+from encache.model.features import Cut, ImageSpec, feature_table
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+#: Largest accepted ||graph - eager|| / ||eager||, by dtype. fp32 graphs differ by reordered sums,
+#: fp16 graphs by their weights' and activations' rounding.
+PARITY_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+DTYPES = tuple(PARITY_TOLERANCE)
+BACKENDS = ("onnxruntime",)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build; equal requests end in the same folder."""
+
+    checkpoint: Checkpoint
+    cut: Cut = "up2"
+    dtype: str = "fp32"
+    backend: str = "onnxruntime"
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Hashes the checkpoint, which takes about a second per 2 GB."""
+        return identify(self.checkpoint, self.cut, self.dtype, self.backend)
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the engine folder."""
+        return f"{self.checkpoint.name}-{self.identity.key}"
+
+
+def find_engines(request: Request, engine_dir: Path) -> Path | None:
+    """The finished engine folder of this request, or None."""
+    folder = engine_dir / request.folder_name
+    return folder if (folder / MANIFEST).is_file() else None
+
+
+def build_engines(
+    request: Request, engine_dir: Path, report: Report = lambda line: None
+) -> Path:
+    """Return the request's engine folder, building it unless it is finished already.
+
+    A second builder of the same key waits for the first and takes its result.
+
+    Args:
+        request: what to build.
+        engine_dir: parent of engine folders; created when missing.
+        report: receives one line per finished part.
+
+    Raises:
+        EngineError: a graph does not reproduce PyTorch.
+        CheckpointError: the checkpoint cannot be used.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    if finished := find_engines(request, engine_dir):
+        return finished
+    engine_dir.mkdir(parents=True, exist_ok=True)
+    folder = engine_dir / request.folder_name
+    unfinished = f".{folder.name}-"
+    with FileLock(engine_dir / f".{folder.name}.lock"):
+        if finished := find_engines(request, engine_dir):
+            return finished
+        for leftover in engine_dir.glob(f"{unfinished}*"):  # of a builder that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=engine_dir, prefix=unfinished) as temporary:
+            parts = Path(temporary, "engines")
+            parts.mkdir()
+            _write_engines(request, parts, report)
+            shutil.rmtree(folder, ignore_errors=True)  # a folder without manifest is no engine
+            parts.rename(folder)
+    read_manifest(folder)
+    return folder
+
+
+def _write_engines(request: Request, folder: Path, report: Report) -> None:
+    import torch
+
+    from encache.export.graphs import pipeline_graphs, write_onnx
+    from encache.export.parity import measure_parity
+
+    start = time.perf_counter()
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[request.dtype]
+    pipeline = load_pipeline(request.checkpoint, dtype)
+    size = pipeline.unet.config.sample_size
+    for graph in pipeline_graphs(pipeline, request.cut):
+        (folder / graph.name).mkdir()
+        write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": size, "w": size})
+        report(f"exported {graph.name}")
+    # The reference computes in fp32, also with weights that were rounded to fp16.
+    pipeline.to(torch.float32)
+    tolerance = PARITY_TOLERANCE[request.dtype]
+    parity = {}
+    for graph in pipeline_graphs(pipeline, request.cut):
+        error = measure_parity(graph, folder / graph.name / "model.onnx", size)
+        report(f"checked {graph.name}: relative error {error:.1e}")
+        if not error <= tolerance:
+            raise EngineError(
+                f"The {graph.name} graph differs from PyTorch by {error:.1e}, more than "
+                f"{tolerance:.0e}. Nothing was written; try --dtype fp32, or report this."
+            )
+        parity[graph.name] = error
+    _write_companions(pipeline, folder)
+    manifest = Manifest(
+        name=request.checkpoint.name,
+        identity=request.identity,
+        features=feature_table(pipeline.unet.config, request.cut),
+        spec=ImageSpec.of(pipeline.unet.config, pipeline.vae.config),
+        files=hash_files(folder),
+        parity=parity,
+        parity_tolerance=tolerance,
+        build_seconds=round(time.perf_counter() - start, 1),
+    )
+    manifest.write(folder)
+
+
+def _write_companions(pipeline: "StableDiffusionPipeline", folder: Path) -> None:
+    """Tokenizer, scheduler and index, as in a diffusers folder."""
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "EncachePipeline",
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,143 @@
+"""The engine folder's contract: what it was built for, and the hash of every file in it.
+
+Needs neither torch nor a backend, so a finished export is recognised at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from encache.errors import EngineError
+from encache.model.checkpoint import Checkpoint
+from encache.model.features import Cut, Feature, ImageSpec
+
+MANIFEST = "manifest.json"
+#: Raised when graphs of an older encache no longer fit its runtime.
+GRAPH_FORMAT = 1
+REBUILD = "Delete the folder and run encache-export again."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that decides the content of an engine folder; `key` names it.
+
+    Attributes:
+        model: fingerprint of the checkpoint.
+        cut, dtype, backend: as asked for.
+        torch, diffusers: versions that traced the graphs.
+        graph_format: see `GRAPH_FORMAT`.
+    """
+
+    model: str
+    cut: Cut
+    dtype: str
+    backend: str
+    torch: str
+    diffusers: str
+    graph_format: int = GRAPH_FORMAT
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits over all attributes."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identify(checkpoint: Checkpoint, cut: Cut, dtype: str, backend: str) -> Identity:
+    """The identity of the engines that this machine would build."""
+    torch, diffusers = version("torch").split("+")[0], version("diffusers")
+    return Identity(checkpoint.fingerprint(), cut, dtype, backend, torch, diffusers)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json.
+
+    Attributes:
+        name: of the checkpoint.
+        identity: what the engines were built for.
+        features: the tensors that cross the cut.
+        spec: how pictures and latents relate.
+        files: sha256 of each file, by its path in the folder.
+        parity: relative error of each graph against PyTorch eager at build.
+        parity_tolerance: the largest that was accepted.
+        build_seconds: how long the build took.
+    """
+
+    name: str
+    identity: Identity
+    features: tuple[Feature, ...]
+    spec: ImageSpec
+    files: Mapping[str, str]
+    parity: Mapping[str, float]
+    parity_tolerance: float
+    build_seconds: float
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json; it must be the last file of the folder."""
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises:
+        EngineError: there is none, or it is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        identity = Identity(**data["identity"])
+        manifest = Manifest(
+            **{
+                **data,
+                "identity": identity,
+                "features": tuple(Feature(**one) for one in data["features"]),
+                "spec": ImageSpec(**data["spec"]),
+            }
+        )
+    except FileNotFoundError:
+        raise EngineError(
+            f"{folder} is not an engine folder: it holds no {MANIFEST}. Build one with "
+            "encache-export."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
+    if identity.graph_format != GRAPH_FORMAT:
+        raise EngineError(
+            f"{folder} has graph format {identity.graph_format}, this encache reads "
+            f"{GRAPH_FORMAT}. {REBUILD}"
+        )
+    return manifest
+
+
+def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """Read a file once and return its bytes only if they are the ones that were built.
+
+    Raises:
+        EngineError: the file is missing, truncated or altered.
+    """
+    path = folder / name
+    expected = manifest.files.get(name)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise EngineError(f"{path} is missing. {REBUILD}") from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise EngineError(f"{path} is not what was built: its sha256 differs. {REBUILD}")
+    return content
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below the folder, by its path in the folder."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes[path.relative_to(folder).as_posix()] = digest
+    return hashes
