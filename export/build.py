@@ -10,12 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from encache.export.manifest import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    hash_files,
+    identify,
+    read_manifest,
+)
+from encache.model.checkpoint import Checkpoint, load_pipeline
+from encache.model.features import Cut, ImageSpec, feature_table
 from filelock import FileLock
 
 from encache.errors import EngineError
-from encache.export.manifest import MANIFEST, Identity, Manifest, hash_files, identify, read_manifest
-from encache.model.checkpoint import Checkpoint, load_pipeline
-from encache.model.features import Cut, ImageSpec, feature_table
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -55,9 +62,7 @@ def find_engines(request: Request, engine_dir: Path) -> Path | None:
     return folder if (folder / MANIFEST).is_file() else None
 
 
-def build_engines(
-    request: Request, engine_dir: Path, report: Report = lambda line: None
-) -> Path:
+def build_engines(request: Request, engine_dir: Path, report: Report = lambda line: None) -> Path:
     """Return the request's engine folder, building it unless it is finished already.
 
     A second builder of the same key waits for the first and takes its result.
@@ -94,7 +99,6 @@ def build_engines(
 
 def _write_engines(request: Request, folder: Path, report: Report) -> None:
     import torch
-
     from encache.export.graphs import pipeline_graphs, write_onnx
     from encache.export.parity import measure_parity
 

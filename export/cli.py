@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 
 import click
-
-from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import CUTS, Cut
+
+from encache.command import Command
 
 
 @click.command(cls=Command)
@@ -26,9 +26,7 @@ from encache.model.features import CUTS, Cut
     help="Where the UNet is cut; a later cut caches more of it.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
-@click.option(
-    "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True
-)
+@click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
 @click.option(
     "--engine-dir",
     type=click.Path(path_type=Path),

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
-
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
+from torch import Tensor, nn
+from torch.export import Dim
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

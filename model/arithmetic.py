@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
-
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,4 @@ def count_arithmetic(
             split.decoder([one[None] for one in features], weights, timestep, text)
     # The blend is a product in form only: a weighted sum of M tensors, left out like other sums.
     blends = 2 * sum(feature.numel() for feature in features)
-    return Arithmetic(
-        encoder.get_total_flops() / 1e9, (decoder.get_total_flops() - blends) / 1e9
-    )
+    return Arithmetic(encoder.get_total_flops() / 1e9, (decoder.get_total_flops() - blends) / 1e9)

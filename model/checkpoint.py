@@ -89,10 +89,10 @@ def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = No
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path} is a pickle, and reading a pickle runs whatever code is in it. Convert it in "
-            "a sandbox: python -c \"import sys, torch; from safetensors.torch import save_file; "
+            'a sandbox: python -c "import sys, torch; from safetensors.torch import save_file; '
             "d = torch.load(sys.argv[1], weights_only=True); d = d.get('state_dict', d); "
             "save_file({k: v.contiguous() for k, v in d.items() if hasattr(v, 'shape')}, "
-            f"sys.argv[2])\" {path} {path.with_suffix('.safetensors')}"
+            f'sys.argv[2])" {path} {path.with_suffix(".safetensors")}'
         )
     if not path.is_file():
         return Checkpoint(_find_folder(ckpt))

@@ -81,7 +81,5 @@ def feature_table(unet_config: Mapping[str, Any], cut: Cut) -> tuple[Feature, ..
         skips += [Feature(f"skip_{len(skips) + i}", width, at) for i, at in enumerate(levels)]
     used = sum(depth + 1 for depth in tuple(reversed(layers))[:cached])
     deepest = len(channels) - 1
-    hidden = Feature(
-        "hidden", tuple(reversed(channels))[max(cached - 1, 0)], deepest - cached
-    )
+    hidden = Feature("hidden", tuple(reversed(channels))[max(cached - 1, 0)], deepest - cached)
     return (*skips[: len(skips) - used], hidden)

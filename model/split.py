@@ -9,11 +9,11 @@ from itertools import repeat
 
 import torch
 from diffusers import UNet2DConditionModel
+from encache.model.features import Cut, Feature, feature_table, num_up_blocks_cached
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from encache.errors import CheckpointError
-from encache.model.features import Cut, Feature, feature_table, num_up_blocks_cached
 
 
 class UNetEncoder(nn.Module):

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from encache.errors import EngineError
 from encache.export.manifest import REBUILD, Manifest, read_verified
 from encache.runtime.engines import Engines
+
+from encache.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -5,9 +5,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
-
 from encache.model.features import Cut, Feature
+from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -21,6 +20,7 @@ class Engines(AbstractContextManager["Engines"], Protocol):
     """
 
     name: str
+    key: str
     features: tuple[Feature, ...]
     dtype: torch.dtype
     device: torch.device
@@ -64,6 +64,7 @@ class TorchEngines(AbstractContextManager["TorchEngines"]):
     """The halves run by PyTorch, straight from the pipeline's own modules."""
 
     name = "torch"
+    key = "torch"
 
     def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut = "up2") -> None:
         from encache.model.split import SplitUNet
@@ -99,4 +100,3 @@ class TorchEngines(AbstractContextManager["TorchEngines"]):
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self._pipeline.vae.decode(latents.to(self._pipeline.vae.dtype)).sample
-

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from encache.export.manifest import REBUILD, Manifest, read_verified
 from torch import Tensor
 
 from encache.errors import EngineError
-from encache.export.manifest import REBUILD, Manifest, read_verified
 
 _NUMPY = {
     torch.float32: np.float32,
@@ -26,6 +26,7 @@ class OrtEngines(AbstractContextManager["OrtEngines"]):
     name = "onnxruntime"
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.key = manifest.identity.key
         self.features = manifest.features
         self.spec = manifest.spec
         self.dtype = DTYPES[manifest.identity.dtype]
@@ -64,12 +65,11 @@ class OrtEngines(AbstractContextManager["OrtEngines"]):
         return _run_allocating(self._vae_decoder, {"latents": latents.to(self.dtype)})
 
 
-def _open_session(
-    folder: Path, manifest: Manifest, graph: str
-) -> onnxruntime.InferenceSession:
+def _open_session(folder: Path, manifest: Manifest, graph: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    # torch shares the cores: threads that spin while waiting would take them from it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads spin within a run, which is fastest, and stop after it: torch and the other sessions
+    # need the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     model = read_verified(folder, manifest, f"{graph}/model.onnx")
     weights = read_verified(folder, manifest, f"{graph}/model.onnx.data")
     options.add_external_initializers_from_files_in_memory(
@@ -78,7 +78,9 @@ def _open_session(
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own untyped exceptions
-        raise EngineError(f"ONNX Runtime cannot open {folder / graph}: {error}. {REBUILD}") from error
+        raise EngineError(
+            f"ONNX Runtime cannot open {folder / graph}: {error}. {REBUILD}"
+        ) from error
 
 
 def _run(

@@ -8,10 +8,6 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
-from tqdm import tqdm
-
-from encache.errors import EncacheError
 from encache.export.manifest import read_manifest
 from encache.model.checkpoint import find_checkpoint, load_pipeline
 from encache.model.features import Cut, ImageSpec
@@ -20,12 +16,15 @@ from encache.runtime.blend import Blend
 from encache.runtime.engines import Engines, TorchEngines
 from encache.runtime.plan import Decode, Plan, make_plan
 from encache.runtime.sampler import Guide, sample
+from torch import Tensor
+from tqdm import tqdm
+
+from encache.errors import EncacheError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
     from encache.runtime.solver import Scheduler
+    from transformers import CLIPTokenizer
 
 Prompt = str | Sequence[str]
 Callback = Callable[["EncachePipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -231,6 +230,17 @@ class EncachePipeline:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
 
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent height and width of a picture's, which default to the model's own."""
+        default = self.spec.sample_size * self.spec.downscale
+        height, width = height or default, width or default
+        if height % 8 or width % 8 or min(height, width) < 8:
+            raise EncacheError(
+                f"Height and width must be multiples of 8, not {height} x {width}: try "
+                f"{max(8, height // 8 * 8)} x {max(8, width // 8 * 8)}."
+            )
+        return height // self.spec.downscale, width // self.spec.downscale
+
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
         tokens = self.tokenizer(
@@ -289,15 +299,7 @@ class EncachePipeline:
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
     ) -> Tensor:
-        default = self.spec.sample_size * self.spec.downscale
-        height, width = height or default, width or default
-        if height % 8 or width % 8 or min(height, width) < 8:
-            raise EncacheError(
-                f"Height and width must be multiples of 8, not {height} x {width}: try "
-                f"{max(8, height // 8 * 8)} x {max(8, width // 8 * 8)}."
-            )
-        scale = self.spec.downscale
-        shape = (num_images, self.spec.channels, height // scale, width // scale)
+        shape = (num_images, self.spec.channels, *self.latent_size(height, width))
         if isinstance(generator, list) and len(generator) != num_images:
             raise EncacheError(f"{len(generator)} generators were given for {num_images} images.")
         if latents is None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from encache.errors import PlanError
 from encache.runtime.blend import NUM_SLOTS, Blend, lagrange_weights
 from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
+
+from encache.errors import PlanError
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
 PAPER_KEY_CALLS: dict[int, tuple[int, ...]] = {
@@ -177,9 +178,7 @@ def make_plan(
     )
 
 
-def _causal_steps(
-    table: SolverTable, keys: tuple[int, ...], blend: Blend
-) -> list[Encode | Decode]:
+def _causal_steps(table: SolverTable, keys: tuple[int, ...], blend: Blend) -> list[Encode | Decode]:
     """Encode each key call, then decode its whole segment from the last M key features."""
     slots = min(NUM_SLOTS[blend], len(keys))
     steps: list[Encode | Decode] = []
@@ -203,9 +202,7 @@ def _look_ahead_steps(
         steps.append(_decode(table, range(key, key + 1), (key,), keys, slots))
         steps.append(_encode(table, following, (index + 1) % slots, held_from=key))
         if following > key + 1:
-            steps.append(
-                _decode(table, range(key + 1, following), (key, following), keys, slots)
-            )
+            steps.append(_decode(table, range(key + 1, following), (key, following), keys, slots))
         if blend == "interpolate-refresh":
             steps.append(_encode(table, following, (index + 1) % slots))
     steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots))

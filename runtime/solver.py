@@ -56,7 +56,7 @@ def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0)
 
     Args:
         scheduler: any diffusers scheduler that is deterministic and linear.
-        num_steps: num_inference_steps; the number of calls follows (50 -> 51 for PNDM, 99 for Heun).
+        num_steps: num_inference_steps; the calls follow (50 -> 51 for PNDM, 99 for Heun).
         prior_noise: share of z added to the denoiser's input at every call of the second half,
             `PRIOR_NOISE` in Faster Diffusion.
 
@@ -67,9 +67,11 @@ def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0)
         raise PlanError(f"Sampling needs at least 1 step, not {num_steps}.")
     num_calls = len(_prepare(scheduler, num_steps).timesteps)
     basis = torch.eye(num_calls + 1)
-    inputs, samples = _step_through(scheduler, num_steps, prior_noise, basis)
-    table = SolverTable(_prepare(scheduler, num_steps).timesteps.float(), inputs, samples)
-    _verify_linear(scheduler, num_steps, prior_noise, table)
+    # A stochastic scheduler is found out below; it must not disturb the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        inputs, samples = _step_through(scheduler, num_steps, prior_noise, basis)
+        table = SolverTable(_prepare(scheduler, num_steps).timesteps.float(), inputs, samples)
+        _verify_linear(scheduler, num_steps, prior_noise, table)
     return table
 
 
@@ -125,8 +127,8 @@ def _verify_linear(
     difference = (table.samples @ columns - stepped).abs().max() / stepped.abs().max()
     if not difference < LINEARITY_TOLERANCE:
         raise PlanError(
-            f"{type(scheduler).__name__} draws noise, clips or thresholds (it differs from its own "
-            f"table by {difference:.1g}), so its calls cannot be planned ahead. Use a deterministic "
-            "one such as ddim, dpmsolver++, unipc, euler, heun, pndm or deis, with clip_sample "
+            f"{type(scheduler).__name__} draws noise, clips or thresholds (it differs from its "
+            f"own table by {difference:.1g}), so its calls cannot be planned ahead. Use a "
+            "deterministic one such as ddim, dpmsolver++, unipc, euler, heun, pndm or deis, with clip_sample "
             "and thresholding off."
         )

@@ -29,7 +29,9 @@ def main() -> None:
     help="Unpacked emoji package, instead of fetching it with npm.",
 )
 @click.option("--autoencoder-steps", type=click.IntRange(1), help="Default: the recipe's.")
-@click.option("--max-train-steps", type=click.IntRange(1), help="UNet steps. Default: the recipe's.")
+@click.option(
+    "--max-train-steps", type=click.IntRange(1), help="UNet steps. Default: the recipe's."
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
 def emoji(
     output: Path,
@@ -44,7 +46,6 @@ def emoji(
     Example: encache-train emoji --output runs/emoji/model
     """
     import torch
-
     from encache.train import autoencoder, denoiser
     from encache.train.default_model import train_default_model
     from encache.train.emoji import fetch_package, verify_package

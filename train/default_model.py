@@ -5,9 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image
-
+from diffusers import StableDiffusionPipeline
 from encache.train import autoencoder as autoencoder_recipe
 from encache.train import denoiser as denoiser_recipe
 from encache.train.emoji import (
@@ -17,6 +15,7 @@ from encache.train.emoji import (
     read_emoji,
 )
 from encache.train.text import train_tokenizer
+from PIL import Image
 
 
 def train_default_model(

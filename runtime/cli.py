@@ -1,0 +1,308 @@
+"""`encache-run`: from a prompt to pictures, through cached encoder features."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
+from encache.export.manifest import MANIFEST
+from encache.model.checkpoint import find_checkpoint
+from encache.model.features import CUTS, Cut
+from encache.runtime.blend import BLENDS, Blend
+from encache.runtime.schedulers import SCHEDULERS
+
+from encache import __version__
+from encache.command import Command
+
+if TYPE_CHECKING:
+    from encache.runtime.pipeline import EncachePipeline
+
+
+def _parse_key_calls(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | str | None:
+    if value is None or value == "paper":
+        return value
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a list like 0,5,10 or the word paper."
+        ) from None
+
+
+@click.command(cls=Command)
+@click.option("--prompt", "prompts", multiple=True, help="What to draw; repeatable.")
+@click.option(
+    "--prompts-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="One prompt per line.",
+)
+@click.option("--negative-prompt", default="", help="What to avoid.")
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="The encoder runs at every stride-th call; 1 runs it at all.",
+)
+@click.option(
+    "--key-calls",
+    callback=_parse_key_calls,
+    help="Calls at which the encoder runs, as 0,5,10, or 'paper' for Faster Diffusion's list.",
+)
+@click.option("--blend", type=click.Choice(BLENDS), default="extrapolate", show_default=True)
+@click.option("--prior-noise", is_flag=True, help="Inject prior noise as Faster Diffusion does.")
+@click.option(
+    "--steps",
+    "--num-inference-steps",
+    "steps",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+)
+@click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first image."
+)
+@click.option(
+    "--num-images", type=click.IntRange(1), default=1, show_default=True, help="Per prompt."
+)
+@click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option(
+    "--max-decode-batch",
+    type=click.IntRange(1),
+    help="Most rows (calls x images x guidance) in one decoder run; bounds memory.",
+)
+@click.option(
+    "--ckpt",
+    help="diffusers folder, hub id, or .safetensors. Default: the model that ships with encache.",
+)
+@click.option("--base", help="diffusers folder or hub id that completes a .safetensors file.")
+@click.option("--cut", type=click.Choice(CUTS), default="up2", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(("torch", *BACKENDS)),
+    default="onnxruntime",
+    show_default=True,
+)
+@click.option(
+    "--engine-dir",
+    type=click.Path(path_type=Path),
+    default=Path("engines"),
+    show_default=True,
+    help="Where engines are found, or built on first use; or one engine folder.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("outputs"),
+    show_default=True,
+    help="Folder for the pictures, or a .png file when there is only one.",
+)
+@click.option("--compare", "comparing", is_flag=True, help="Compare speed and fidelity instead.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Seeds of --compare."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the comparison as data."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan as JSON and stop.")
+def main(
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    negative_prompt: str,
+    stride: int,
+    key_calls: tuple[int, ...] | str | None,
+    blend: Blend,
+    prior_noise: bool,
+    steps: int,
+    scheduler: str | None,
+    guidance_scale: float,
+    seed: int,
+    num_images: int,
+    height: int | None,
+    width: int | None,
+    max_decode_batch: int | None,
+    ckpt: str | None,
+    base: str | None,
+    cut: Cut,
+    dtype: str,
+    backend: str,
+    engine_dir: Path,
+    output: Path,
+    comparing: bool,
+    repeats: int,
+    json_path: Path | None,
+    dry_run: bool,
+) -> None:
+    """Draw prompts with Stable Diffusion, running the UNet's encoder only at key calls.
+
+    Prints the pictures' paths. Missing engines are built first.
+
+    Example: encache-run --prompt "red apple" --stride 10
+    """
+    lines = prompts_file.read_text().splitlines() if prompts_file else []
+    wanted = [*prompts, *(line.strip() for line in lines if line.strip())]
+    if not wanted and not dry_run:
+        raise click.UsageError("Give --prompt or --prompts-file.")
+    seeds = range(seed, seed + num_images)
+    paths = [] if comparing or dry_run else _picture_paths(output, wanted, seeds)
+
+    pipeline = _open(ckpt, base, cut, dtype, backend, engine_dir)
+    if scheduler:
+        from encache.runtime.schedulers import make_scheduler
+
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+    policy = {
+        "stride": stride,
+        "key_calls": _resolve_key_calls(key_calls, pipeline, steps),
+        "blend": blend,
+        "prior_noise": prior_noise,
+        "max_decode_batch": max_decode_batch,
+    }
+    rows_per_call = num_images * (2 if guidance_scale > 1 else 1)
+    plan = pipeline.plan(steps, **policy, rows_per_call=rows_per_call)
+    if dry_run:
+        click.echo(plan.to_json())
+        return
+    call = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
+    if comparing:
+        seeds = range(seed, seed + repeats)
+        _compare(pipeline, ckpt, base, cut, wanted, seeds, call, policy, json_path)
+        return
+    settings = {
+        **call,
+        **policy,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "plan": plan.hash(),
+        "engines": pipeline.engines.key,
+        "encache": __version__,
+        "ckpt": ckpt or "default",
+    }
+    _draw(pipeline, wanted, seeds, {**call, **policy}, settings, paths)
+
+
+def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """Where the pictures go, one per prompt and image; refuses before any work is done."""
+    from encache.runtime.images import check_writable, file_name
+
+    count = len(prompts) * len(seeds)
+    if output.suffix.lower() == ".png":
+        if count > 1:
+            raise click.UsageError(
+                f"--output {output} is one file, but {count} pictures are asked for."
+            )
+        check_writable(output.parent)
+        return [output]
+    check_writable(output)
+    return [
+        output / file_name(index, prompt, seed)
+        for index, prompt in enumerate(prompts)
+        for seed in seeds
+    ]
+
+
+def _open(
+    ckpt: str | None, base: str | None, cut: Cut, dtype: str, backend: str, engine_dir: Path
+) -> "EncachePipeline":
+    from encache.runtime.pipeline import EncachePipeline
+
+    if (engine_dir / MANIFEST).is_file():
+        return EncachePipeline.from_engines(engine_dir)
+    if backend == "torch":
+        return EncachePipeline.from_pretrained(
+            ckpt, base=base, cut=cut, backend=backend, dtype=dtype
+        )
+    request = Request(find_checkpoint(ckpt, base), cut, dtype, backend)
+    if not find_engines(request, engine_dir):
+        click.echo(f"Building {request.folder_name} in {engine_dir}, once.", err=True)
+    folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
+    return EncachePipeline.from_engines(folder)
+
+
+def _resolve_key_calls(
+    key_calls: tuple[int, ...] | str | None, pipeline: "EncachePipeline", steps: int
+) -> tuple[int, ...] | None:
+    from encache.runtime.plan import paper_key_calls
+
+    if key_calls == "paper":
+        return paper_key_calls(pipeline.plan(steps, stride=1).num_calls)
+    return key_calls  # type: ignore[return-value]
+
+
+def _draw(
+    pipeline: "EncachePipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+    paths: Sequence[Path],
+) -> None:
+    import torch
+    from encache.runtime.images import save_png
+
+    remaining = iter(paths)
+    for prompt in prompts:
+        pipeline.set_progress_bar_config(desc=prompt[:40])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipeline(
+            prompt, num_images_per_prompt=len(seeds), generator=generators, **arguments
+        ).images
+        for image, seed in zip(images, seeds, strict=True):
+            path = next(remaining)
+            save_png(image, path, {"prompt": prompt, "seed": seed, **settings})
+            click.echo(path)
+
+
+def _compare(
+    pipeline: "EncachePipeline",
+    ckpt: str | None,
+    base: str | None,
+    cut: Cut,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    call: dict[str, Any],
+    policy: dict[str, Any],
+    json_path: Path | None,
+) -> None:
+    from encache.model.arithmetic import count_arithmetic
+    from encache.model.checkpoint import load_pipeline
+    from encache.runtime import compare
+    from encache.runtime.machine import describe_machine
+    from encache.runtime.pipeline import EncachePipeline
+
+    plain = load_pipeline(find_checkpoint(ckpt, base))
+    plain.scheduler = pipeline.scheduler
+    same_plan = EncachePipeline.from_pipe(plain, cut)
+    cached = [same_plan] if pipeline.engines.name == "torch" else [same_plan, pipeline]
+    for one in cached:
+        one.set_progress_bar_config(disable=True)
+    height, width = same_plan.latent_size(call["height"], call["width"])
+    arithmetic = count_arithmetic(
+        plain.unet.config, cut, height, width, plain.tokenizer.model_max_length
+    )
+    rows = compare.compare(plain, cached, arithmetic, prompts, seeds, call, policy)
+    click.echo(compare.format_table(rows))
+    if json_path:
+        report = {
+            "machine": describe_machine(),
+            "prompts": list(prompts),
+            "seeds": list(seeds),
+            "call": call,
+            "policy": policy,
+            "cut": cut,
+            "rows": compare.to_json(rows),
+        }
+        json_path.write_text(json.dumps(report, indent=2) + "\n")

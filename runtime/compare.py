@@ -1,0 +1,164 @@
+"""An honest comparison in one run: the plain sampler, the same plan, the engines, fewer steps."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from encache.model.arithmetic import Arithmetic
+from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import Plan, make_plan
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+#: Makes one picture [H, W, 3] in [0, 1] from a prompt and a generator.
+Sampler = Callable[[str, torch.Generator], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample, measured.
+
+    Attributes:
+        name: what it is.
+        seconds: median over the pictures, each from prompt to pixels.
+        spread: smallest and largest of those times.
+        encoder_runs, decoder_runs: per picture; a decoder run may hold many calls.
+        gflop: counted UNet arithmetic per picture.
+        psnr: mean over the pictures, in dB against the first row at the same seeds; None for it.
+        num_images: N.
+    """
+
+    name: str
+    seconds: float
+    spread: tuple[float, float]
+    encoder_runs: int
+    decoder_runs: int
+    gflop: float
+    psnr: float | None
+    num_images: int
+
+
+def compare(
+    plain: "StableDiffusionPipeline",
+    cached: Sequence[EncachePipeline],
+    arithmetic: Arithmetic,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    call: dict[str, Any],
+    policy: dict[str, Any],
+) -> list[Row]:
+    """Sample every prompt and seed in every way, interleaved, after one warm-up each.
+
+    Args:
+        plain: the undivided model in PyTorch, with the scheduler to use.
+        cached: the pipelines to compare with it, same model and scheduler.
+        arithmetic: of one row of one call.
+        prompts, seeds: every pair is one picture.
+        call: arguments that all share (num_inference_steps, guidance_scale, height, ...).
+        policy: the caching policy.
+    """
+    steps = call["num_inference_steps"]
+    rows_per_call = 2 if call["guidance_scale"] > 1 else 1
+    full = make_plan(plain.scheduler, steps)
+    plan = cached[0].plan(steps, **policy, rows_per_call=rows_per_call)
+    fewer_steps = steps_within(plain.scheduler, steps, _gflop(plan, arithmetic), arithmetic)
+    fewer = make_plan(plain.scheduler, fewer_steps)
+
+    ways: list[tuple[str, Plan, Sampler]] = [
+        (f"diffusers, {full.num_calls} calls", full, _sampler(plain, call)),
+        *(
+            (f"encache, {one.engines.name}", plan, _sampler(one, {**call, **policy}))
+            for one in cached
+        ),
+        (
+            f"diffusers, {fewer.num_calls} calls (equal arithmetic)",
+            fewer,
+            _sampler(plain, {**call, "num_inference_steps": fewer_steps}),
+        ),
+    ]
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    seconds: list[list[float]] = [[] for _ in ways]
+    psnrs: list[list[float]] = [[] for _ in ways]
+    for _, _, sampler in ways:
+        sampler(jobs[0][0], torch.Generator().manual_seed(jobs[0][1]))
+    for prompt, seed in tqdm(jobs, desc="compare"):
+        reference: np.ndarray | None = None
+        for index, (_, _, sampler) in enumerate(ways):
+            start = time.perf_counter()
+            picture = sampler(prompt, torch.Generator().manual_seed(seed))
+            seconds[index].append(time.perf_counter() - start)
+            if reference is None:
+                reference = picture
+            else:
+                psnrs[index].append(psnr(picture, reference))
+    return [
+        Row(
+            name=name,
+            seconds=statistics.median(times),
+            spread=(min(times), max(times)),
+            encoder_runs=way.num_encoder_runs,
+            decoder_runs=way.num_decoder_runs,
+            gflop=_gflop(way, arithmetic) * rows_per_call,
+            psnr=statistics.fmean(values) if values else None,
+            num_images=len(jobs),
+        )
+        for (name, way, _), times, values in zip(ways, seconds, psnrs, strict=True)
+    ]
+
+
+def steps_within(scheduler: Any, steps: int, gflop: float, arithmetic: Arithmetic) -> int:
+    """Most steps of the plain sampler whose calls cost at most `gflop` per row; at least one."""
+    for fewer in range(steps, 1, -1):
+        if make_plan(scheduler, fewer).num_calls * arithmetic.full <= gflop:
+            return fewer
+    return 1
+
+
+def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; equal pictures give 99."""
+    error = float(np.mean((picture - reference) ** 2))
+    return min(99.0, -10 * math.log10(error)) if error else 99.0
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text, times also as a ratio to the first."""
+    lines = [
+        f"{'':44}{'s/image':>9}{'speed':>8}{'encoder':>9}{'decoder':>9}{'GFLOP':>9}{'PSNR dB':>9}"
+    ]
+    for row in rows:
+        fidelity = "-" if row.psnr is None else f"{row.psnr:.1f}"
+        lines.append(
+            f"{row.name:44}{row.seconds:9.3f}{rows[0].seconds / row.seconds:7.2f}x"
+            f"{row.encoder_runs:9d}{row.decoder_runs:9d}{row.gflop:9.1f}{fidelity:>9}"
+        )
+    lines.append(
+        f"Median of {rows[0].num_images} images after warm-up; GFLOP of the UNet; PSNR against the "
+        "first row at the same seeds."
+    )
+    return "\n".join(lines)
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as data."""
+    return [asdict(row) for row in rows]
+
+
+def _gflop(plan: Plan, arithmetic: Arithmetic) -> float:
+    """Per row of the batch."""
+    return plan.num_encoder_runs * arithmetic.encoder + plan.num_calls * arithmetic.decoder
+
+
+def _sampler(
+    pipeline: "StableDiffusionPipeline | EncachePipeline", arguments: dict[str, Any]
+) -> Sampler:
+    def run(prompt: str, generator: torch.Generator) -> np.ndarray:
+        return pipeline(prompt, generator=generator, output_type="np", **arguments).images[0]
+
+    return run

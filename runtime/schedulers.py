@@ -1,0 +1,32 @@
+"""The solvers that the command line names; in Python any deterministic scheduler works."""
+
+from typing import Any
+
+from encache.errors import PlanError
+
+#: Option name -> diffusers class and what its config needs on top of the model's.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Latents are not bounded by 1, and clipping is not linear; Stable Diffusion turns it off too.
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++single": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+}
+
+
+def make_scheduler(name: str, model_scheduler: Any) -> Any:
+    """The named solver on the noise schedule of the model's own scheduler.
+
+    Raises:
+        PlanError: the name is not in `SCHEDULERS`.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise PlanError(f"There is no scheduler {name!r}. Choose one of {', '.join(SCHEDULERS)}.")
+    class_name, options = SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(model_scheduler.config, **options)
