@@ -106,9 +106,10 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[request.dtype]
     pipeline = load_pipeline(request.checkpoint, dtype)
     size = pipeline.unet.config.sample_size
+    traced = max(size, 16)  # smaller pictures shrink to one pixel inside the UNet
     for graph in pipeline_graphs(pipeline, request.cut):
         (folder / graph.name).mkdir()
-        write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": size, "w": size})
+        write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": traced, "w": traced})
         report(f"exported {graph.name}")
     # The reference computes in fp32, also with weights that were rounded to fp16.
     pipeline.to(torch.float32)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from encache.runtime.blend import NUM_SLOTS, Blend, lagrange_weights
@@ -129,7 +130,7 @@ def check_key_calls(key_calls: Sequence[int], num_calls: int) -> tuple[int, ...]
     calls = tuple(key_calls)
     if not calls or calls[0] != 0:
         raise PlanError(f"Key calls must start at 0: there is nothing to reuse yet, got {calls}.")
-    if any(later <= earlier for earlier, later in zip(calls, calls[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(calls)):
         raise PlanError(f"Key calls must rise without repeats, got {calls}.")
     if calls[-1] >= num_calls:
         raise PlanError(f"Key call {calls[-1]} is beyond the last of {num_calls} calls.")
@@ -198,7 +199,7 @@ def _look_ahead_steps(
     """
     slots = min(NUM_SLOTS[blend], len(keys))
     steps: list[Encode | Decode] = [_encode(table, 0, 0)]
-    for index, (key, following) in enumerate(zip(keys, keys[1:], strict=False)):
+    for index, (key, following) in enumerate(pairwise(keys)):
         steps.append(_decode(table, range(key, key + 1), (key,), keys, slots))
         steps.append(_encode(table, following, (index + 1) % slots, held_from=key))
         if following > key + 1:

@@ -129,6 +129,6 @@ def _verify_linear(
         raise PlanError(
             f"{type(scheduler).__name__} draws noise, clips or thresholds (it differs from its "
             f"own table by {difference:.1g}), so its calls cannot be planned ahead. Use a "
-            "deterministic one such as ddim, dpmsolver++, unipc, euler, heun, pndm or deis, with clip_sample "
-            "and thresholding off."
+            "deterministic one such as ddim, dpmsolver++, unipc, euler, heun, pndm or deis, with "
+            "clip_sample and thresholding off."
         )

@@ -1,0 +1,106 @@
+"""Small models with Stable Diffusion's exact component classes and random weights."""
+
+import os
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from encache.train.text import train_tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+TEXT_WIDTH = 16
+
+
+def tiny_unet(seed=0, **changes):
+    """A UNet with Stable Diffusion's four kinds of blocks and a few thousand weights."""
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 24, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def stable_diffusion_scheduler(**changes):
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**{**config, **changes})
+
+
+def make_pipeline(seed=0, **unet_changes):
+    unet = tiny_unet(seed, **unet_changes)
+    tokenizer = train_tokenizer(["red apple", "green pear", "hot dog", "yellow banana"])
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=32,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+    # Random CLIP weights ignore the tokens almost entirely; a prompt must make a difference.
+    text_encoder.get_input_embeddings().weight.data.mul_(50)
+    vae = AutoencoderKL(
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=stable_diffusion_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny Stable Diffusion in a diffusers folder; tests must not change it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_folder(tmp_path_factory, model_folder):
+    """Its engines at the default cut; tests that alter them copy them first."""
+    from encache.export.build import Request, build_engines
+    from encache.model.checkpoint import find_checkpoint
+
+    engines = tmp_path_factory.mktemp("engines")
+    return build_engines(Request(find_checkpoint(model_folder)), engines)

@@ -1,0 +1,265 @@
+"""Every key call equals diffusers; encoder propagation equals its formula."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from encache.model.features import CUTS
+from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import PAPER_KEY_CALLS
+
+from encache.errors import EncacheError
+from tests.conftest import make_pipeline
+from tests.runtime.solvers import NAMES, solver
+
+STEPS = 10
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def latents(pipeline, prompt="red apple", seed=0, **arguments):
+    arguments = {"num_inference_steps": STEPS, **arguments}
+    return pipeline(prompt, generator=generator(seed), output_type="latent", **arguments).images
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    assert expected.abs().max() > 0.5  # not a comparison of zeros
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_every_key_call_equals_diffusers(pipeline, name, guidance_scale):
+    pipeline.scheduler = solver(name)
+    ours = EncachePipeline.from_pipe(pipeline)
+    arguments = {"guidance_scale": guidance_scale, "negative_prompt": "hot dog"}
+    expected = latents(pipeline, **arguments)
+    assert_close(latents(ours, stride=1, **arguments), expected)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_cut_equals_diffusers(pipeline, cut):
+    ours = EncachePipeline.from_pipe(pipeline, cut)
+    assert_close(latents(ours, stride=1), latents(pipeline))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_runtime_equals_diffusers(engine_folder, pipeline, name):
+    pipeline.scheduler = solver(name)
+    ours = EncachePipeline.from_engines(engine_folder)
+    ours.scheduler = solver(name)
+    assert_close(latents(ours, stride=1), latents(pipeline), tolerance=1e-3)
+
+
+def test_pictures_equal_diffusers(engine_folder, pipeline):
+    expected = pipeline("red apple", generator=generator(), num_inference_steps=5).images[0]
+    for ours in (
+        EncachePipeline.from_pipe(pipeline),
+        EncachePipeline.from_engines(engine_folder),
+    ):
+        picture = ours("red apple", generator=generator(), num_inference_steps=5, stride=1)
+        difference = np.asarray(picture.images[0], int) - np.asarray(expected, int)
+        assert np.abs(difference).max() <= 1
+
+
+def test_second_prompt_right_after_a_first(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    first = latents(ours, "red apple", stride=5)
+    second = latents(ours, "hot dog", stride=5)
+    assert_close(second, latents(EncachePipeline.from_pipe(pipeline), "hot dog", stride=5), 1e-6)
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
+def test_two_pipelines_share_a_unet(pipeline):
+    other = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
+    other.scheduler = solver("euler")
+    one, two = EncachePipeline.from_pipe(pipeline), EncachePipeline.from_pipe(other, "mid")
+    alone = latents(one, stride=2), latents(two, "hot dog", stride=5)
+    together = []
+
+    def run_the_other(*_):
+        if not together:
+            together.append(latents(two, "hot dog", stride=5))
+        return {}
+
+    assert_close(latents(one, stride=2, callback_on_step_end=run_the_other), alone[0], 1e-6)
+    assert_close(together[0], alone[1], 1e-6)
+    # The shared UNet itself is as diffusers left it.
+    untouched = make_pipeline()
+    assert_close(latents(pipeline), latents(untouched), 1e-6)
+
+
+@torch.no_grad()
+def encoder_propagation(pipeline, key_calls, steps, guidance_scale=7.5):
+    """Faster Diffusion stated directly: one call after the other, one guidance branch at a time.
+
+    At a key call the UNet runs whole and its encoder's outputs are kept; at any other call the
+    encoder's outputs are replaced by the kept ones. Done by hooks on the blocks of the UNet.
+    """
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    text = [pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in ("", "red apple")]
+    scheduler.set_timesteps(steps)
+    sample = torch.randn((1, 4, 8, 8), generator=generator()) * scheduler.init_noise_sigma
+    blocks = {"conv_in": unet.conv_in, "mid": unet.mid_block}
+    blocks |= {f"down{index}": block for index, block in enumerate(unet.down_blocks)}
+    kept = [{}, {}]
+    for call, timestep in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(sample, timestep)
+        noises = []
+        for branch in range(2):
+
+            def hook(name, branch=branch, key=call in key_calls):
+                def keep_or_replace(module, arguments, output):
+                    if key:
+                        kept[branch][name] = output
+                    return kept[branch][name]
+
+                return keep_or_replace
+
+            handles = [block.register_forward_hook(hook(name)) for name, block in blocks.items()]
+            noises.append(unet(model_input, timestep, text[branch]).sample)
+            for handle in handles:
+                handle.remove()
+        noise = noises[0] + guidance_scale * (noises[1] - noises[0])
+        sample = scheduler.step(noise, timestep, sample).prev_sample
+    return sample
+
+
+@pytest.mark.parametrize("key_calls", [PAPER_KEY_CALLS[50], tuple(range(0, 50, 5))])
+def test_reuse_equals_encoder_propagation(pipeline, key_calls):
+    ours = EncachePipeline.from_pipe(pipeline, "mid")
+    expected = encoder_propagation(pipeline, key_calls, 50)
+    actual = latents(ours, num_inference_steps=50, key_calls=key_calls, blend="reuse")
+    assert_close(actual, expected)
+    assert not torch.allclose(actual, latents(pipeline, num_inference_steps=50), atol=1e-3)
+
+
+def test_a_blend_is_not_the_full_sampler_but_near(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    full = latents(pipeline, num_inference_steps=50)
+    for blend in ("reuse", "extrapolate", "extrapolate2", "interpolate", "interpolate-refresh"):
+        cached = latents(ours, num_inference_steps=50, stride=5, blend=blend)
+        error = ((cached - full).norm() / full.norm()).item()
+        assert 1e-6 < error < 0.5, blend
+
+
+def test_an_image_does_not_change_with_its_batch_mates(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    arguments = {"num_inference_steps": STEPS, "output_type": "latent", "stride": 5}
+    batch = ours(
+        ["hot dog", "red apple"],
+        num_images_per_prompt=2,
+        generator=[generator(seed) for seed in (1, 2, 3, 4)],
+        **arguments,
+    ).images
+    alone = ours("red apple", generator=[generator(4)], **arguments).images
+    assert_close(batch[3:], alone, 1e-4)
+
+
+def test_batches_equal_diffusers(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    arguments = {
+        "prompt": ["red apple", "hot dog"],
+        "negative_prompt": ["green pear", "yellow banana"],
+        "num_images_per_prompt": 2,
+        "num_inference_steps": 5,
+        "output_type": "latent",
+        "guidance_rescale": 0.5,
+        "height": 24,
+        "width": 32,
+    }
+    seeds = range(4)
+    expected = pipeline(generator=[generator(seed) for seed in seeds], **arguments).images
+    actual = ours(generator=[generator(seed) for seed in seeds], stride=1, **arguments).images
+    assert actual.shape == (4, 4, 12, 16)
+    assert_close(actual, expected)
+
+
+def test_max_decode_batch_changes_nothing(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    assert_close(latents(ours, stride=5, max_decode_batch=4), latents(ours, stride=5), 1e-4)
+    with pytest.raises(EncacheError, match="max_decode_batch"):
+        latents(ours, max_decode_batch=1)
+
+
+def test_prediction_type_v(pipeline):
+    pipeline.scheduler = solver("dpmsolver++", prediction_type="v_prediction")
+    ours = EncachePipeline.from_pipe(pipeline)
+    assert_close(latents(ours, stride=1), latents(pipeline))
+
+
+def test_output_types(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    arguments = {"num_inference_steps": 2, "stride": 1}
+    shapes = {"np": (1, 16, 16, 3), "pt": (1, 3, 16, 16), "latent": (1, 4, 8, 8)}
+    for output_type, shape in shapes.items():
+        images, flags = ours("red apple", output_type=output_type, return_dict=False, **arguments)
+        assert tuple(images.shape) == shape
+        assert flags is None
+    assert ours("red apple", **arguments).images[0].size == (16, 16)
+
+
+def test_latents_and_embeddings_may_be_given(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    noise = torch.randn((1, 4, 8, 8), generator=generator())
+    arguments = {"num_inference_steps": 5, "output_type": "latent", "stride": 1}
+    expected = ours("red apple", generator=generator(), **arguments).images
+    assert_close(ours("red apple", latents=noise, **arguments).images, expected, 1e-6)
+    embeds = ours.encode_prompts(["red apple"])
+    given = ours(prompt_embeds=embeds, latents=noise, **arguments).images
+    assert_close(given, expected, 1e-6)
+
+
+def test_callbacks_see_every_call_in_order(pipeline):
+    seen, expected = [], []
+
+    def record(into):
+        def callback(pipe, call, timestep, tensors):
+            into.append((call, int(timestep), tensors["latents"].clone()))
+            return {}
+
+        return callback
+
+    latents(pipeline, callback_on_step_end=record(expected))
+    latents(EncachePipeline.from_pipe(pipeline), stride=1, callback_on_step_end=record(seen))
+    assert [one[:2] for one in seen] == [one[:2] for one in expected]
+    for ours, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours[2], theirs[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_callback_may_not_replace_the_latents(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    with pytest.raises(EncacheError, match="replaced the latents"):
+        latents(ours, callback_on_step_end=lambda *a: {"latents": torch.zeros(1)})
+    with pytest.raises(EncacheError, match="no other tensor"):
+        latents(ours, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"height": 20}, "try 16 x 16"),
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"negative_prompt": ["a", "b"]}, "1 prompts and 2 negative"),
+        ({"generator": [generator()] * 3}, "3 generators"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, "latents must be"),
+        ({"stride": 11}, "between 1 and the 10 calls"),
+        ({"num_inference_steps": 0}, "at least 1 step"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured(pipeline, arguments, reason):
+    ours = EncachePipeline.from_pipe(pipeline)
+    with pytest.raises(EncacheError, match=reason):
+        ours(**{"prompt": "red apple", "num_inference_steps": STEPS, **arguments})
+
+
+def test_from_pretrained_builds_and_opens(model_folder, engine_folder, pipeline):
+    for backend in ("torch", "onnxruntime"):
+        ours = EncachePipeline.from_pretrained(
+            model_folder, backend=backend, engine_dir=engine_folder.parent
+        )
+        assert_close(latents(ours, stride=1), latents(pipeline), 1e-3)
+    ours = EncachePipeline.from_single_file(model_folder, backend="torch", cut="mid")
+    assert_close(latents(ours, stride=1), latents(pipeline))
