@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -92,19 +93,9 @@ class Plan:
         return json.dumps(asdict(self))
 
     def hash(self) -> str:
-        """Sixteen hexadecimal digits that name these numbers, rounded to 6 significant digits."""
-        rounded = _round(asdict(self))
-        return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _round(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _round(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_round(item) for item in value]
-    return value
+        """Sixteen hexadecimal digits that name these numbers, rounded to 5 decimals."""
+        rounded = json.loads(self.to_json(), parse_float=lambda text: round(float(text), 5) + 0.0)
+        return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()[:16]
 
 
 def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:
@@ -147,10 +138,10 @@ def make_plan(
     prior_noise: bool = False,
     max_decode_calls: int | None = None,
 ) -> Plan:
-    """Turn a scheduler and a caching policy into a plan.
+    """Turn a scheduler and a caching policy into a plan; equal questions are answered from memory.
 
     Args:
-        scheduler: a deterministic diffusers scheduler; it is copied, never changed.
+        scheduler: a deterministic diffusers scheduler; it is read, never changed.
         num_steps: num_inference_steps.
         stride: distance of uniform key calls; 1 samples without a cache.
         key_calls: explicit key calls instead of a stride.
@@ -161,6 +152,25 @@ def make_plan(
     Raises:
         PlanError: the numbers do not fit together.
     """
+    config = json.dumps(dict(scheduler.config), default=_plain)
+    keys = None if key_calls is None else tuple(key_calls)
+    return _make_plan(
+        type(scheduler), config, num_steps, stride, keys, blend, prior_noise, max_decode_calls
+    )
+
+
+@lru_cache(maxsize=64)
+def _make_plan(
+    scheduler_class: Any,
+    config: str,
+    num_steps: int,
+    stride: int,
+    key_calls: tuple[int, ...] | None,
+    blend: Blend,
+    prior_noise: bool,
+    max_decode_calls: int | None,
+) -> Plan:
+    scheduler = scheduler_class.from_config(json.loads(config))
     table = probe_solver(scheduler, num_steps, PRIOR_NOISE if prior_noise else 0.0)
     if key_calls is None:
         key_calls = uniform_key_calls(stride, table.num_calls)
@@ -251,6 +261,11 @@ def _split_decodes(
             part = slice(start - step.start, stop - step.start)
             pieces.append(Decode(start, stop, step.timesteps[part], step.weights[part]))
     return pieces
+
+
+def _plain(value: Any) -> Any:
+    """JSON for the arrays that some schedulers keep in their config."""
+    return value.tolist()
 
 
 def _rows(table: Any) -> tuple[Row, ...]:

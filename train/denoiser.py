@@ -11,7 +11,7 @@ from encache.train.text import MAX_TOKENS, make_text_encoder
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPE = Recipe(steps=7000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
+RECIPE = Recipe(steps=6000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
 BATCH_SIZE = 32
 #: Share of captions replaced by "", which classifier-free guidance needs.
 CAPTION_DROPOUT = 0.1

@@ -1,0 +1,226 @@
+"""An engine folder is complete, verified and unique, or it is not there."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import onnx
+import pytest
+from encache.export import build, graphs, manifest
+from encache.export.build import Request, build_engines
+from encache.export.graphs import pipeline_graphs
+from encache.export.manifest import MANIFEST, read_manifest
+from encache.export.parity import measure_parity
+from encache.model.checkpoint import find_checkpoint
+from encache.model.features import CUTS
+from encache.runtime.pipeline import EncachePipeline
+
+from encache.errors import EngineError
+
+
+@pytest.fixture
+def copied(engine_folder, tmp_path):
+    return shutil.copytree(engine_folder, tmp_path / engine_folder.name)
+
+
+@pytest.fixture
+def only_text_encoder(monkeypatch):
+    """Export one small graph instead of four, where the rest would only take time."""
+    monkeypatch.setattr(graphs, "pipeline_graphs", lambda *a: pipeline_graphs(*a)[2:3])
+
+
+def test_folder_layout(engine_folder):
+    expected = {
+        "manifest.json",
+        "model_index.json",
+        "unet_encoder",
+        "unet_decoder",
+        "text_encoder",
+        "vae_decoder",
+        "scheduler",
+        "tokenizer",
+    }
+    assert {path.name for path in engine_folder.iterdir()} == expected
+    assert [path.name for path in engine_folder.parent.iterdir() if path.is_dir()] == [
+        engine_folder.name
+    ]
+
+
+def test_manifest_records_identity_and_parity(engine_folder, model_folder):
+    read = read_manifest(engine_folder)
+    assert engine_folder.name == f"tiny-{read.identity.key}"
+    assert read.identity.model == find_checkpoint(model_folder).fingerprint()
+    assert set(read.parity) == {"unet_encoder", "unet_decoder", "text_encoder", "vae_decoder"}
+    assert all(0 < error <= 1e-5 for error in read.parity.values())
+
+
+def test_graphs_are_opset_23_with_free_dimensions(engine_folder):
+    decoder = onnx.load(engine_folder / "unet_decoder" / "model.onnx", load_external_data=False)
+    assert {entry.domain: entry.version for entry in decoder.opset_import}[""] == 23
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in decoder.graph.input
+    }
+    assert shapes["hidden"] == ["M", "B", 16, "h0", "w0"]
+    assert shapes["weights"] == ["K", "M"]
+    assert shapes["timesteps"] == ["K"]
+    operators = {node.op_type for node in decoder.graph.node}
+    assert {"GroupNormalization", "Attention"} <= operators
+
+
+@pytest.mark.parametrize("cut", CUTS[:3])
+def test_every_other_cut_exports_with_parity(model_folder, tmp_path, cut):
+    request = Request(find_checkpoint(model_folder), cut)
+    folder = build_engines(request, tmp_path)
+    assert [feature.name for feature in read_manifest(folder).features][-1] == "hidden"
+    picture = EncachePipeline.from_engines(folder)(
+        "red apple", num_inference_steps=4, stride=2, height=24, width=40
+    )
+    assert picture.images[0].size == (40, 24)
+
+
+def test_fp16_exports_with_parity(model_folder, engine_folder, tmp_path):
+    request = Request(find_checkpoint(model_folder), dtype="fp16")
+    folder = build_engines(request, tmp_path)
+    assert 1e-5 < read_manifest(folder).parity["unet_decoder"] < 1e-2
+    weights = "unet_decoder/model.onnx.data"
+    halved, whole = ((one / weights).stat().st_size for one in (folder, engine_folder))
+    assert halved < 0.7 * whole
+    images = EncachePipeline.from_engines(folder)("red apple", num_inference_steps=4, stride=2)
+    assert images.images[0].size == (16, 16)
+
+
+def test_parity_notices_a_wrong_graph(engine_folder, pipeline):
+    graph = pipeline_graphs(pipeline, "up2")[1]
+    path = engine_folder / "unet_decoder" / "model.onnx"
+    assert measure_parity(graph, path, 8) < 1e-5
+    pipeline.unet.conv_out.weight.data *= 1.01
+    assert measure_parity(graph, path, 8) > 1e-3
+
+
+@pytest.mark.usefixtures("only_text_encoder")
+def test_a_failed_parity_check_leaves_nothing(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.PARITY_TOLERANCE, "fp32", 1e-12)
+    with pytest.raises(EngineError, match="differs from PyTorch"):
+        build_engines(Request(find_checkpoint(model_folder)), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_finished_export_is_not_repeated(engine_folder, model_folder, monkeypatch):
+    monkeypatch.setattr(build, "_write_engines", None)  # would fail if it were called
+    request = Request(find_checkpoint(model_folder))
+    assert build_engines(request, engine_folder.parent) == engine_folder
+
+
+@pytest.mark.usefixtures("only_text_encoder")
+def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build, "_write_companions", fill)
+    monkeypatch.setattr("encache.export.parity.measure_parity", lambda *_: 0.0)
+    with pytest.raises(OSError, match="No space left"):
+        build_engines(Request(find_checkpoint(model_folder)), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.usefixtures("only_text_encoder")
+def test_leftovers_of_a_killed_builder_are_removed(model_folder, tmp_path):
+    request = Request(find_checkpoint(model_folder))
+    leftover = tmp_path / f".{request.folder_name}-abc" / "engines"
+    leftover.mkdir(parents=True)
+    folder = build_engines(request, tmp_path)
+    assert not leftover.exists()
+    assert (folder / MANIFEST).is_file()
+
+
+def test_two_builders_at_once_build_once(model_folder, tmp_path):
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from encache.export.build import Request, build_engines\n"
+        "from encache.export import graphs\n"
+        "from encache.model.checkpoint import find_checkpoint\n"
+        "lines, whole = [], graphs.pipeline_graphs\n"
+        "graphs.pipeline_graphs = lambda *a: whole(*a)[2:3]\n"
+        "print(build_engines(Request(find_checkpoint(sys.argv[1])), Path(sys.argv[2]), "
+        "lines.append)); print(len(lines))"
+    )
+    command = [sys.executable, "-c", script, str(model_folder), str(tmp_path)]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [builder.communicate()[0].split() for builder in builders]
+    assert outputs[0][0] == outputs[1][0]
+    assert sorted(int(output[1]) for output in outputs) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["unet_decoder/model.onnx.data", "unet_encoder/model.onnx"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_an_altered_engine_is_refused(copied, name, damage):
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(EngineError, match=r"Delete the folder and run encache-export again"):
+        EncachePipeline.from_engines(copied)
+
+
+@pytest.mark.parametrize("part", ["tokenizer/tokenizer.json", "scheduler/scheduler_config.json"])
+def test_altered_companions_are_refused(copied, part):
+    (copied / part).write_text("{}")
+    with pytest.raises(EngineError, match="sha256 differs"):
+        EncachePipeline.from_engines(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("{", "damaged"),
+        ({"features": 3}, "damaged"),
+        ({"unknown": 3}, "damaged"),
+        ({"identity": {"graph_format": 99}}, "graph format 99"),
+        ({"identity": {"backend": "tpu"}}, "unknown backend 'tpu'"),
+    ],
+)
+def test_a_bad_manifest_is_refused(copied, change, reason):
+    path = copied / MANIFEST
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        data = json.loads(path.read_text())
+        for key, value in change.items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) else value
+        path.write_text(json.dumps(data))
+    with pytest.raises(EngineError, match=reason):
+        EncachePipeline.from_engines(copied)
+
+
+def test_not_an_engine_folder(tmp_path):
+    with pytest.raises(EngineError, match="not an engine folder"):
+        EncachePipeline.from_engines(tmp_path)
+
+
+def test_the_key_follows_every_part_of_the_identity(model_folder):
+    request = Request(find_checkpoint(model_folder))
+    variants = [
+        request,
+        replace(request, cut="mid"),
+        replace(request, dtype="fp16"),
+    ]
+    identity = request.identity
+    keys = {one.identity.key for one in variants}
+    keys |= {replace(identity, **{name: "other"}).key for name in ("model", "torch", "diffusers")}
+    assert len(keys) == 6
+
+
+def test_external_weights_are_hashed(engine_folder):
+    files = manifest.read_manifest(engine_folder).files
+    assert "unet_decoder/model.onnx.data" in files
+    assert MANIFEST not in files

@@ -1,0 +1,230 @@
+"""encache-run as its users type it; every mistake ends in one sentence."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from encache.runtime import images
+from encache.runtime.cli import main
+from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
+from encache.runtime.pipeline import EncachePipeline
+from PIL import Image
+
+
+@pytest.fixture
+def run(model_folder, engine_folder, tmp_path, monkeypatch):
+    """Call encache-run on the tiny model in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, ckpt=model_folder, engines=engine_folder.parent):
+        defaults = ["--ckpt", str(ckpt), "--engine-dir", str(engines), "--steps", "10"]
+        return CliRunner().invoke(main, [*defaults, *map(str, arguments)])
+
+    return run
+
+
+def assert_one_sentence(result, code, *words):
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("Error: ")
+    for word in words:
+        assert word in message, message
+
+
+def test_a_prompt_ends_in_a_picture(run, tmp_path):
+    result = run("--prompt", "red apple", "--stride", 5)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "outputs/000-red-apple-s0.png\n"
+    assert Image.open(tmp_path / "outputs" / "000-red-apple-s0.png").size == (16, 16)
+
+
+def test_the_metadata_repeats_the_picture(run, tmp_path, engine_folder):
+    result = run("--prompt", "Grüne 梨", "--seed", 7, "--scheduler", "euler", "--stride", 2)
+    path = tmp_path / result.stdout.strip()
+    data = read_metadata(path)
+    assert engine_folder.name.endswith(data["engines"])
+    pipeline = EncachePipeline.from_engines(engine_folder)
+    from encache.runtime.schedulers import make_scheduler
+
+    assert data["scheduler"] == "EulerDiscreteScheduler"
+    pipeline.scheduler = make_scheduler("euler", pipeline.scheduler)
+    policy = {key: data[key] for key in ("stride", "key_calls", "blend", "prior_noise")}
+    call = {
+        key: data[key]
+        for key in ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width")
+    }
+    assert pipeline.plan(data["num_inference_steps"], **policy).hash() == data["plan"]
+    generator = [torch.Generator().manual_seed(data["seed"])]
+    again = pipeline(data["prompt"], generator=generator, **call, **policy).images[0]
+    assert again.tobytes() == Image.open(path).tobytes()
+
+
+def test_many_prompts_and_images(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("hot dog\n\n  green pear  \n")
+    result = run("--prompt", "a/b", "--prompts-file", "prompts.txt", "--num-images", 2)
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert names == [
+        f"{index:03d}-{slug}-s{seed}.png"
+        for index, slug in enumerate(["a-b", "hot-dog", "green-pear"])
+        for seed in (0, 1)
+    ]
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch(run, tmp_path):
+    run("--prompt", "hot dog", "--num-images", 2, "--output", "many")
+    run("--prompt", "hot dog", "--seed", 1, "--output", "one.png")
+    together = Image.open(tmp_path / "many" / "000-hot-dog-s1.png").tobytes()
+    alone = Image.open(tmp_path / "one.png").tobytes()
+    assert max(abs(a - b) for a, b in zip(together, alone, strict=True)) <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--key-calls", "0,3,7", "--blend", "interpolate"),
+        ("--blend", "extrapolate2", "--prior-noise", "--scheduler", "heun"),
+        ("--guidance-scale", "1", "--scheduler", "pndm", "--backend", "torch", "--cut", "mid"),
+        ("--height", "40", "--width", "24", "--max-decode-batch", "2"),
+        ("--steps", "20", "--key-calls", "paper", "--blend", "reuse"),
+    ],
+)
+def test_options(run, arguments):
+    result = run("--prompt", "hot dog", *arguments)
+    assert result.exit_code == 0, result.output
+
+
+def test_dry_run_prints_the_plan(run, tmp_path):
+    result = run("--stride", 5, "--dry-run")
+    plan = json.loads(result.stdout)
+    assert plan["key_calls"] == [0, 5]
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_compare(run, tmp_path):
+    result = run("--prompt", "hot dog", "--compare", "--repeats", 2, "--json", "report.json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    full, eager, engines, fewer = rows
+    assert [row["encoder_runs"] for row in (full, eager, engines)] == [10, 2, 2]
+    assert [row["decoder_runs"] for row in (full, eager, engines)] == [10, 2, 2]
+    assert fewer["gflop"] <= engines["gflop"] == eager["gflop"] < full["gflop"]
+    assert full["psnr"] is None
+    assert engines["psnr"] == pytest.approx(eager["psnr"], abs=0.5)
+    assert all(row["num_images"] == 2 and row["seconds"] > 0 for row in rows)
+    for row in rows:
+        assert row["name"] in result.stdout
+
+
+def test_engines_are_built_on_first_use(run, tmp_path):
+    result = run("--prompt", "hot dog", engines=tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "once" in result.stderr
+    assert len([path for path in (tmp_path / "new").iterdir() if path.is_dir()]) == 1
+
+
+def test_one_engine_folder_needs_no_checkpoint(run, engine_folder):
+    result = run("--prompt", "hot dog", ckpt="/nowhere", engines=engine_folder)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((), 2, ["--prompt"]),
+        (("--prompt", "x", "--stride", "11"), 1, ["stride 11", "10 calls"]),
+        (("--prompt", "x", "--stride", "0"), 2, ["--stride"]),
+        (("--prompt", "x", "--key-calls", "1,2"), 1, ["start at 0"]),
+        (("--prompt", "x", "--key-calls", "0,2,2"), 1, ["without repeats"]),
+        (("--prompt", "x", "--key-calls", "0,two"), 2, ["0,5,10"]),
+        (("--prompt", "x", "--key-calls", "paper"), 1, ["50 and 20 calls", "not for 10"]),
+        (("--prompt", "x", "--steps", "0"), 2, ["--steps"]),
+        (("--prompt", "x", "--steps", "5000"), 1, ["refuses 5000 steps"]),
+        (("--prompt", "x", "--height", "20"), 1, ["multiples of 8", "16 x 16"]),
+        (("--prompt", "x", "--backend", "abacus"), 2, ["abacus"]),
+        (("--prompt", "x", "--scheduler", "magic"), 2, ["magic"]),
+        (("--prompt", "x", "--prompt", "y", "--output", "a.png"), 2, ["2 pictures"]),
+        (("--prompts-file", "none.txt"), 2, ["none.txt"]),
+        (("--prompt", "x", "--output", "/proc/none"), 1, ["/proc/none"]),
+        (("--prompt", "x", "--max-decode-batch", "1"), 1, ["max_decode_batch"]),
+    ],
+)
+def test_mistakes(run, tmp_path, arguments, code, words):
+    assert_one_sentence(run(*arguments), code, *words)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_missing_and_corrupt_checkpoints(run, tmp_path):
+    assert_one_sentence(run("--prompt", "x", ckpt="/no/model"), 1, "/no/model")
+    (tmp_path / "broken.safetensors").write_bytes(b"12345678")
+    result = run("--prompt", "x", ckpt="broken.safetensors")
+    assert_one_sentence(result, 1, "broken.safetensors", "not a complete safetensors file")
+    (tmp_path / "sd.ckpt").write_bytes(b"")
+    assert_one_sentence(run("--prompt", "x", ckpt="sd.ckpt"), 1, "pickle")
+
+
+def test_an_edited_engine(run, engine_folder, tmp_path):
+    copied = shutil.copytree(engine_folder, tmp_path / "engine")
+    with (copied / "unet_decoder" / "model.onnx.data").open("r+b") as stream:
+        stream.write(b"\x01")
+    result = run("--prompt", "x", engines=copied)
+    assert_one_sentence(result, 1, "model.onnx.data", "encache-export")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_that_refuses(run, tmp_path, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(images.os, "replace", refuse)
+    assert_one_sentence(run("--prompt", "x"), 1, os.strerror(number))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_while_writing(tmp_path, monkeypatch):
+    # /dev/full accepts opening and refuses every byte, as a full disk does.
+    fdopen = os.fdopen
+    monkeypatch.setattr(
+        images.os, "fdopen", lambda *_: fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+    )
+    with pytest.raises(OSError, match="No space left"):
+        save_png(Image.new("RGB", (64, 64)), tmp_path / "a.png", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_leaves_nothing_half_written(model_folder, engine_folder, tmp_path):
+    command = [sys.executable, "-c", "from encache.runtime.cli import main; main()"]
+    command += ["--ckpt", model_folder, "--engine-dir", engine_folder.parent, "--prompt", "x"]
+    command += ["--steps", "999", "--stride", "1", "--num-images", "8", "--output", tmp_path]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "0/999" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate()[1]
+    assert process.returncode == 1
+    assert "Traceback" not in rest
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_names_are_safe():
+    assert file_name(3, "Red  Apple!/../x", 5) == "003-red-apple-x-s5.png"
+    assert file_name(0, "", 0) == "000-prompt-s0.png"
+    assert len(file_name(0, "梨" * 500, 0).encode()) < 200
+
+
+def test_metadata_survives(tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": "ü 梨"})
+    assert read_metadata(tmp_path / "a.png") == {"prompt": "ü 梨"}
+    assert METADATA_KEY in Image.open(tmp_path / "a.png").info
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    assert read_metadata(tmp_path / "b.png") == {}
