@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
 from encache.export.build import Request, build_engines
 from encache.model.arithmetic import count_arithmetic
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import CUTS
 from encache.runtime.machine import describe_machine
 from encache.runtime.pipeline import EncachePipeline
-from transformers import CLIPTextConfig, CLIPTextModel
 
 STEPS = 50
 STRIDE = 10

@@ -10,6 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
+
+from encache.errors import EngineError
 from encache.export.manifest import (
     MANIFEST,
     Identity,
@@ -20,9 +23,6 @@ from encache.export.manifest import (
 )
 from encache.model.checkpoint import Checkpoint, load_pipeline
 from encache.model.features import Cut, ImageSpec, feature_table
-from filelock import FileLock
-
-from encache.errors import EngineError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -99,6 +99,7 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
 
 def _write_engines(request: Request, folder: Path, report: Report) -> None:
     import torch
+
     from encache.export.graphs import pipeline_graphs, write_onnx
     from encache.export.parity import measure_parity
 

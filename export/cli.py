@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 
 import click
+
+from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import CUTS, Cut
-
-from encache.command import Command
 
 
 @click.command(cls=Command)

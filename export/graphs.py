@@ -6,17 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from encache.model.features import Cut
-from encache.model.split import SplitUNet
 from torch import Tensor, nn
 from torch.export import Dim
+
+from encache.model.features import Cut
+from encache.model.split import SplitUNet
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 #: GroupNormalization and Attention are single operators from opset 21 and 23 on.
 OPSET = 23
-WEIGHTS_SUFFIX = ".onnx.data"
+
+#: Values of B (batch), K (calls), M (ring slots), h and w (latent size).
+Sizes = Mapping[str, int]
+
+# The bounds only spare the exporter a second trace: it proves its steps within them (diffusers
+# branches at 64 rows, and a picture of one pixel would broadcast). The graphs have no bounds.
+_BATCH, _CALLS, _SLOTS, _LENGTH = Dim("B", max=63), Dim("K"), Dim("M"), Dim("L")
+_LATENTS = {0: _BATCH, 2: Dim("h", min=9), 3: Dim("w", min=9)}
+_TEXT = {0: _BATCH, 1: _LENGTH}
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,10 @@ class Graph:
 
     Attributes:
         name: of the engine's folder.
-        module: takes `example` and returns one tensor or a tuple.
+        module: takes what `draw` returns, gives one tensor or a tuple.
         inputs, outputs: tensor names, flattened in order.
-        example: positional arguments that trace it.
         dynamic_shapes: free dimensions of each argument.
-        draw: makes fresh random arguments of other sizes.
+        draw: makes random arguments of the given sizes.
     """
 
     name: str
@@ -37,7 +45,98 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic_shapes: tuple[Any, ...]
-    draw: Callable[[torch.Generator, Mapping[str, int]], tuple[Any, ...]]
+    draw: Callable[[torch.Generator, Sizes], tuple[Any, ...]]
+
+
+def pipeline_graphs(pipeline: "StableDiffusionPipeline", cut: Cut) -> tuple[Graph, ...]:
+    """List the graphs of a pipeline whose UNet is cut at `cut`."""
+    split = SplitUNet(pipeline.unet, cut)
+    length = pipeline.tokenizer.model_max_length
+    return (
+        _encoder_graph(split, pipeline.unet, length),
+        _decoder_graph(split, pipeline.unet, length),
+        _text_graph(pipeline.text_encoder, len(pipeline.tokenizer), length),
+        _picture_graph(pipeline.vae),
+    )
+
+
+def write_onnx(graph: Graph, folder: Path, sizes: Sizes) -> Path:
+    """Trace the graph at `sizes` and write model.onnx with its weights beside it.
+
+    Args:
+        graph: one of `pipeline_graphs`.
+        folder: receives model.onnx and model.onnx.data.
+        sizes: of the traced example; they stay free in the graph.
+    """
+    path = folder / "model.onnx"
+    with torch.inference_mode():
+        program = torch.onnx.export(
+            graph.module.eval(),
+            graph.draw(torch.Generator().manual_seed(0), sizes),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=graph.dynamic_shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # only the exporter that dynamo=True replaces returns None
+    program.save(path, external_data=True)
+    return path
+
+
+def flatten(arguments: Sequence[Any]) -> list[Tensor]:
+    """The tensors of nested positional arguments, in the order of `Graph.inputs`."""
+    tensors: list[Tensor] = []
+    for argument in arguments:
+        tensors += [argument] if isinstance(argument, Tensor) else flatten(argument)
+    return tensors
+
+
+def _encoder_graph(split: SplitUNet, unet: Any, length: int) -> Graph:
+    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
+        return (
+            _draw_latents(generator, sizes, unet.config.in_channels, unet.dtype),
+            _draw_timesteps(generator, 1),
+            _draw_text(generator, sizes, unet, length),
+        )
+
+    return Graph(
+        "unet_encoder",
+        split.encoder,
+        ("latents", "timestep", "text"),
+        tuple(feature.name for feature in split.features),
+        (_LATENTS, {}, _TEXT),
+        draw,
+    )
+
+
+def _decoder_graph(split: SplitUNet, unet: Any, length: int) -> Graph:
+    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
+        shapes = [one.shape(sizes["B"], sizes["h"], sizes["w"]) for one in split.features]
+        ring = tuple(_randn(generator, (sizes["M"], *shape), unet.dtype) for shape in shapes)
+        weights = torch.rand(sizes["K"], sizes["M"], generator=generator) + 0.1
+        return (
+            ring,
+            weights / weights.sum(1, keepdim=True),
+            _draw_timesteps(generator, sizes["K"]),
+            _draw_text(generator, sizes, unet, length),
+        )
+
+    # Levels halve with rounding, so each has sizes of its own.
+    levels = {one.level: (Dim(f"h{one.level}"), Dim(f"w{one.level}")) for one in split.features}
+    ring_shapes = tuple(
+        {0: _SLOTS, 1: _BATCH, 3: levels[one.level][0], 4: levels[one.level][1]}
+        for one in split.features
+    )
+    return Graph(
+        "unet_decoder",
+        split.decoder,
+        (*(one.name for one in split.features), "weights", "timesteps", "text"),
+        ("noise",),
+        (ring_shapes, {0: _CALLS, 1: _SLOTS}, {0: _CALLS}, _TEXT),
+        draw,
+    )
 
 
 class _TextEmbeddings(nn.Module):
@@ -51,133 +150,45 @@ class _TextEmbeddings(nn.Module):
         return self.text_encoder(token_ids).last_hidden_state
 
 
+def _text_graph(text_encoder: nn.Module, vocabulary_size: int, length: int) -> Graph:
+    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
+        return (torch.randint(vocabulary_size, (sizes["B"], length), generator=generator),)
+
+    module = _TextEmbeddings(text_encoder)
+    return Graph("text_encoder", module, ("token_ids",), ("text",), ({0: _BATCH},), draw)
+
+
 class _Picture(nn.Module):
     """The autoencoder's decoder half."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents).sample
 
 
-def pipeline_graphs(pipeline: "StableDiffusionPipeline", cut: Cut) -> tuple[Graph, ...]:
-    """List the graphs of a pipeline whose UNet is cut at `cut`."""
-    split = SplitUNet(pipeline.unet, cut)
-    unet, tokenizer = pipeline.unet.config, pipeline.tokenizer
-    names = tuple(feature.name for feature in split.features)
-    dtype = pipeline.unet.dtype
-    # The bounds only spare the exporter a second trace: it proves its steps within them (diffusers
-    # branches at 64 rows, and a picture of one pixel would broadcast). The graphs have no bounds.
-    batch, calls, slots = Dim("B", max=63), Dim("K"), Dim("M")
-    height, width = Dim("h", min=9), Dim("w", min=9)
-    text_shape = {0: batch, 1: Dim("L")}
-    levels = {
-        feature.level: (Dim(f"h{feature.level}"), Dim(f"w{feature.level}"))
-        for feature in split.features
-    }
+def _picture_graph(vae: Any) -> Graph:
+    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
+        return (_draw_latents(generator, sizes, vae.config.latent_channels, vae.dtype),)
 
-    def randn(generator: torch.Generator, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    def draw_text(generator: torch.Generator, sizes: Mapping[str, int]) -> Tensor:
-        length = tokenizer.model_max_length
-        return randn(generator, sizes["B"], length, unet.cross_attention_dim)
-
-    def draw_timesteps(generator: torch.Generator, count: int) -> Tensor:
-        return torch.rand(count, generator=generator) * 999
-
-    def draw_encoder(generator: torch.Generator, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-        latents = randn(generator, sizes["B"], unet.in_channels, sizes["h"], sizes["w"])
-        return latents, draw_timesteps(generator, 1), draw_text(generator, sizes)
-
-    def draw_decoder(generator: torch.Generator, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-        ring = tuple(
-            randn(generator, sizes["M"], *feature.shape(sizes["B"], sizes["h"], sizes["w"]))
-            for feature in split.features
-        )
-        weights = torch.randn(sizes["K"], sizes["M"], generator=generator)
-        weights /= weights.sum(1, keepdim=True).clamp(min=1)
-        timesteps = draw_timesteps(generator, sizes["K"])
-        return ring, weights, timesteps, draw_text(generator, sizes)
-
-    def draw_tokens(generator: torch.Generator, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-        shape = (sizes["B"], tokenizer.model_max_length)
-        return (torch.randint(len(tokenizer), shape, generator=generator),)
-
-    def draw_latents(generator: torch.Generator, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-        return (randn(generator, sizes["B"], unet.in_channels, sizes["h"], sizes["w"]),)
-
-    ring_shapes = tuple(
-        {0: slots, 1: batch, 3: levels[feature.level][0], 4: levels[feature.level][1]}
-        for feature in split.features
-    )
-    latent_shape = {0: batch, 2: height, 3: width}
-    return (
-        Graph(
-            "unet_encoder",
-            split.encoder,
-            ("latents", "timestep", "text"),
-            names,
-            (latent_shape, {}, text_shape),
-            draw_encoder,
-        ),
-        Graph(
-            "unet_decoder",
-            split.decoder,
-            (*names, "weights", "timesteps", "text"),
-            ("noise",),
-            (ring_shapes, {0: calls, 1: slots}, {0: calls}, text_shape),
-            draw_decoder,
-        ),
-        Graph(
-            "text_encoder",
-            _TextEmbeddings(pipeline.text_encoder),
-            ("token_ids",),
-            ("text",),
-            ({0: batch},),
-            draw_tokens,
-        ),
-        Graph(
-            "vae_decoder",
-            _Picture(pipeline.vae),
-            ("latents",),
-            ("picture",),
-            (latent_shape,),
-            draw_latents,
-        ),
-    )
+    return Graph("vae_decoder", _Picture(vae), ("latents",), ("picture",), (_LATENTS,), draw)
 
 
-def write_onnx(graph: Graph, folder: Path, sizes: Mapping[str, int]) -> Path:
-    """Trace the graph at `sizes` and write model.onnx with its weights beside it.
-
-    Args:
-        graph: one of `pipeline_graphs`.
-        folder: receives model.onnx and model.onnx.data.
-        sizes: B, K, M, h and w of the traced example; those dimensions stay free.
-    """
-    path = folder / "model.onnx"
-    with torch.inference_mode():
-        program = torch.onnx.export(
-            graph.module.eval(),
-            graph.draw(torch.Generator().manual_seed(0), sizes),
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=graph.dynamic_shapes,
-            opset_version=OPSET,
-            dynamo=True,
-            optimize=True,
-            verbose=False,
-        )
-    program.save(path, external_data=True)
-    return path
+def _draw_latents(
+    generator: torch.Generator, sizes: Sizes, channels: int, dtype: torch.dtype
+) -> Tensor:
+    return _randn(generator, (sizes["B"], channels, sizes["h"], sizes["w"]), dtype)
 
 
-def flatten(arguments: Sequence[Any]) -> list[Tensor]:
-    """The tensors of nested positional arguments, in the order of `Graph.inputs`."""
-    tensors: list[Tensor] = []
-    for argument in arguments:
-        tensors += [argument] if isinstance(argument, Tensor) else flatten(argument)
-    return tensors
+def _draw_text(generator: torch.Generator, sizes: Sizes, unet: Any, length: int) -> Tensor:
+    return _randn(generator, (sizes["B"], length, unet.config.cross_attention_dim), unet.dtype)
+
+
+def _draw_timesteps(generator: torch.Generator, count: int) -> Tensor:
+    return torch.rand(count, generator=generator) * 999
+
+
+def _randn(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)

@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from encache.errors import EngineError
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import Cut, Feature, ImageSpec
-
-from encache.errors import EngineError
 
 MANIFEST = "manifest.json"
 #: Raised when graphs of an older encache no longer fit its runtime.

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from encache.export.graphs import Graph, flatten
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
+
+from encache.export.graphs import Graph, flatten
 
 
 def measure_parity(graph: Graph, path: Path, sample_size: int) -> float:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)

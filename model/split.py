@@ -6,14 +6,15 @@ latents only through the features, so decoder calls that share features run as o
 
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from encache.model.features import Cut, Feature, feature_table, num_up_blocks_cached
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from encache.errors import CheckpointError
+from encache.model.features import Cut, Feature, feature_table, num_up_blocks_cached
 
 
 class UNetEncoder(nn.Module):
@@ -89,10 +90,9 @@ class UNetDecoder(nn.Module):
         """
         num_calls, batch = weights.shape[0], text.shape[0]
         *skips, hidden = (blend(weights, tensor) for tensor in features)
-        text, added_text, time_ids = (
-            None if one is None else one.repeat(num_calls, *(1,) * (one.ndim - 1))
-            for one in (text, added_text, time_ids)
-        )
+        text = text.repeat(num_calls, 1, 1)
+        if added_text is not None and time_ids is not None:
+            added_text, time_ids = added_text.repeat(num_calls, 1), time_ids.repeat(num_calls, 1)
         timesteps = timesteps[:, None].expand(num_calls, batch).flatten()
         emb = _embed_time(self.unet, timesteps, text, added_text, time_ids)
         blocks = self.unet.up_blocks[self.num_up_blocks :]
@@ -126,7 +126,7 @@ def blend(weights: Tensor, ring: Tensor) -> Tensor:
 
 
 def _run_up_blocks(
-    blocks: Sequence[nn.Module],
+    blocks: Sequence[Any],
     hidden: Tensor,
     skips: tuple[Tensor, ...],
     emb: Tensor,
@@ -140,14 +140,14 @@ def _run_up_blocks(
     for block in blocks:
         attentions = getattr(block, "attentions", repeat(None))
         for resnet, attention in zip(block.resnets, attentions, strict=False):
-            *skips, skip = skips
-            hidden = resnet(torch.cat([hidden, skip], dim=1), emb)
+            hidden = resnet(torch.cat([hidden, skips[-1]], dim=1), emb)
+            skips = skips[:-1]
             if attention is not None:
                 hidden = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
         for upsampler in block.upsamplers or ():
             # The next skip's size, not a doubling: odd latent sizes were rounded on the way down.
             hidden = upsampler.conv(interpolate(hidden, size=skips[-1].shape[2:], mode="nearest"))
-    return hidden, tuple(skips)
+    return hidden, skips
 
 
 def _attend(block: nn.Module, text: Tensor) -> dict[str, Tensor]:

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from encache.errors import EngineError
 from encache.export.manifest import REBUILD, Manifest, read_verified
 from encache.runtime.engines import Engines
-
-from encache.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -40,10 +39,10 @@ def load_scheduler(folder: Path, manifest: Manifest) -> Any:
     import diffusers
 
     config = json.loads(read_verified(folder, manifest, "scheduler/scheduler_config.json"))
-    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise EngineError(f"{folder} names no diffusers scheduler. {REBUILD}")
-    return scheduler.from_config(config)
+    scheduler: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin):
+        return scheduler.from_config(config)  # type: ignore[attr-defined]
+    raise EngineError(f"{folder} names no diffusers scheduler. {REBUILD}")
 
 
 def _verify(folder: Path, manifest: Manifest, prefix: str) -> None:

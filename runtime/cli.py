@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from encache import __version__
+from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
 from encache.export.manifest import MANIFEST
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import CUTS, Cut
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
-
-from encache import __version__
-from encache.command import Command
 
 if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
@@ -159,7 +159,7 @@ def main(
         from encache.runtime.schedulers import make_scheduler
 
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
-    policy = {
+    policy: dict[str, Any] = {
         "stride": stride,
         "key_calls": _resolve_key_calls(key_calls, pipeline, steps),
         "blend": blend,
@@ -251,6 +251,7 @@ def _draw(
     paths: Sequence[Path],
 ) -> None:
     import torch
+
     from encache.runtime.images import save_png
 
     remaining = iter(paths)

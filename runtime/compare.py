@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from encache.model.arithmetic import Arithmetic
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

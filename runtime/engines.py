@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from encache.model.features import Cut, Feature
 from torch import Tensor
+
+from encache.model.features import Cut, Feature
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

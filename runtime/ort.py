@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from encache.export.manifest import REBUILD, Manifest, read_verified
 from torch import Tensor
 
 from encache.errors import EngineError
+from encache.export.manifest import REBUILD, Manifest, read_verified
 
 _NUMPY = {
     torch.float32: np.float32,

@@ -8,6 +8,10 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from tqdm import tqdm
+
+from encache.errors import EncacheError
 from encache.export.manifest import read_manifest
 from encache.model.checkpoint import find_checkpoint, load_pipeline
 from encache.model.features import Cut, ImageSpec
@@ -16,15 +20,12 @@ from encache.runtime.blend import Blend
 from encache.runtime.engines import Engines, TorchEngines
 from encache.runtime.plan import Decode, Plan, make_plan
 from encache.runtime.sampler import Guide, sample
-from torch import Tensor
-from tqdm import tqdm
-
-from encache.errors import EncacheError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from encache.runtime.solver import Scheduler
     from transformers import CLIPTokenizer
+
+    from encache.runtime.solver import Scheduler
 
 Prompt = str | Sequence[str]
 Callback = Callable[["EncachePipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]

@@ -8,10 +8,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from encache.errors import PlanError
 from encache.runtime.blend import NUM_SLOTS, Blend, lagrange_weights
 from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
-
-from encache.errors import PlanError
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
 PAPER_KEY_CALLS: dict[int, tuple[int, ...]] = {

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from encache.runtime.engines import Engines, allocate_ring
 from encache.runtime.plan import Decode, Encode, Plan
-from torch import Tensor
 
 #: Combines noise [K, G, n, 4, h, w] over the guidance axis G into [K, n, 4, h, w].
 Guide = Callable[[Tensor], Tensor]

@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from encache.train.text import train_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from encache.train.text import train_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from encache.train.loop import Recipe, fit
 from torch import Tensor
+
+from encache.train.loop import Recipe, fit
 
 RECIPE = Recipe(steps=2400, learning_rate=2e-3, weight_decay=1e-4, ema_decay=0.995)
 BATCH_SIZE = 16

@@ -46,6 +46,7 @@ def emoji(
     Example: encache-train emoji --output runs/emoji/model
     """
     import torch
+
     from encache.train import autoencoder, denoiser
     from encache.train.default_model import train_default_model
     from encache.train.emoji import fetch_package, verify_package

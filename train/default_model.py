@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+
 from encache.train import autoencoder as autoencoder_recipe
 from encache.train import denoiser as denoiser_recipe
 from encache.train.emoji import (
@@ -15,7 +17,6 @@ from encache.train.emoji import (
     read_emoji,
 )
 from encache.train.text import train_tokenizer
-from PIL import Image
 
 
 def train_default_model(

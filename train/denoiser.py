@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from encache.train.loop import Recipe, fit
-from encache.train.text import MAX_TOKENS, make_text_encoder
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from encache.train.loop import Recipe, fit
+from encache.train.text import MAX_TOKENS, make_text_encoder
 
 RECIPE = Recipe(steps=6000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
 BATCH_SIZE = 32

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import onnx
 import pytest
+
+from encache.errors import EngineError
 from encache.export import build, graphs, manifest
 from encache.export.build import Request, build_engines
 from encache.export.graphs import pipeline_graphs
@@ -18,8 +20,6 @@ from encache.export.parity import measure_parity
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import CUTS
 from encache.runtime.pipeline import EncachePipeline
-
-from encache.errors import EngineError
 
 
 @pytest.fixture

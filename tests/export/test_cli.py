@@ -5,9 +5,9 @@ import sys
 import time
 
 from click.testing import CliRunner
-from encache.export.cli import main
 from safetensors.torch import save_file
 
+from encache.export.cli import main
 from tests.conftest import tiny_unet
 
 

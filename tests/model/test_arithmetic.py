@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from encache.model.arithmetic import count_arithmetic
-from encache.model.features import CUTS
 from torch.utils.flop_counter import FlopCounterMode
 
+from encache.model.arithmetic import count_arithmetic
+from encache.model.features import CUTS
 from tests.conftest import TEXT_WIDTH, tiny_unet
 
 STABLE_DIFFUSION_1_5 = {"sample_size": 64, "cross_attention_dim": 768}

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from encache.model.checkpoint import find_checkpoint, load_pipeline
 from safetensors.torch import load_file, save_file
 
 from encache.errors import CheckpointError
+from encache.model.checkpoint import find_checkpoint, load_pipeline
 from tests.conftest import make_pipeline, tiny_unet
 from tests.model.single_file import original_state_dict
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from encache.model.features import CUTS, feature_table
-from encache.model.split import SplitUNet, blend
 
 from encache.errors import CheckpointError
+from encache.model.features import CUTS, feature_table
+from encache.model.split import SplitUNet, blend
 from tests.conftest import TEXT_WIDTH, tiny_unet
 
 FAMILIES = {

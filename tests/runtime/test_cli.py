@@ -11,11 +11,12 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+
 from encache.runtime import images
 from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
-from PIL import Image
 
 
 @pytest.fixture

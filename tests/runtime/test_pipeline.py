@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+
+from encache.errors import EncacheError
 from encache.model.features import CUTS
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import PAPER_KEY_CALLS
-
-from encache.errors import EncacheError
 from tests.conftest import make_pipeline
 from tests.runtime.solvers import NAMES, solver
 

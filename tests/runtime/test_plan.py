@@ -4,6 +4,10 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encache.errors import PlanError
 from encache.runtime.blend import BLENDS, lagrange_weights
 from encache.runtime.plan import (
     PAPER_KEY_CALLS,
@@ -15,10 +19,6 @@ from encache.runtime.plan import (
     uniform_key_calls,
 )
 from encache.runtime.solver import probe_solver
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from encache.errors import PlanError
 from tests.runtime.solvers import NAMES, solver
 
 key_lists = st.sets(st.integers(1, 19), max_size=8).map(lambda keys: (0, *sorted(keys)))

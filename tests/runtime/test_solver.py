@@ -3,10 +3,10 @@
 import diffusers
 import pytest
 import torch
-from encache.runtime.schedulers import make_scheduler
-from encache.runtime.solver import probe_solver
 
 from encache.errors import PlanError
+from encache.runtime.schedulers import make_scheduler
+from encache.runtime.solver import probe_solver
 from tests.conftest import stable_diffusion_scheduler
 from tests.runtime.solvers import NAMES, solver
 

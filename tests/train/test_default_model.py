@@ -7,10 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
 from encache.train import autoencoder, denoiser, emoji
 from encache.train.cli import main
 from encache.train.text import MAX_TOKENS, train_tokenizer
-from PIL import Image, ImageDraw
 
 CATEGORY = "Food & Drink"
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from encache.train.loop import Recipe, fit
 from torch import nn
 
 from encache.errors import EncacheError
+from encache.train.loop import Recipe, fit
 
 RECIPE = Recipe(steps=20, learning_rate=0.05, warmup=3, checkpoint_every=7, ema_decay=0.9)
 
