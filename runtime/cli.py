@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from encache import __version__
 from encache.command import Command
@@ -152,6 +153,8 @@ def main(
     if not wanted and not dry_run:
         raise click.UsageError("Give --prompt or --prompts-file.")
     seeds = range(seed, seed + num_images)
+    if (engine_dir / MANIFEST).is_file():
+        _refuse_decided(engine_dir)
     paths = [] if comparing or dry_run else _picture_paths(output, wanted, seeds)
 
     pipeline = _open(ckpt, base, cut, dtype, backend, engine_dir)
@@ -212,6 +215,19 @@ def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -
         for index, prompt in enumerate(prompts)
         for seed in seeds
     ]
+
+
+def _refuse_decided(engine_folder: Path) -> None:
+    """One engine folder is one model at one cut, so options that choose these are refused."""
+    context = click.get_current_context()
+    decided = ("ckpt", "base", "cut", "dtype", "backend", "comparing")
+    for name in decided:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "compare" if name == "comparing" else name
+            raise click.UsageError(
+                f"{engine_folder} is one engine folder, so --{option} cannot be honoured: leave it "
+                "out, or give --engine-dir the folder's parent."
+            )
 
 
 def _open(

@@ -25,7 +25,8 @@ def run(model_folder, engine_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, ckpt=model_folder, engines=engine_folder.parent):
-        defaults = ["--ckpt", str(ckpt), "--engine-dir", str(engines), "--steps", "10"]
+        defaults = ["--engine-dir", str(engines), "--steps", "10"]
+        defaults += ["--ckpt", str(ckpt)] if ckpt else []
         return CliRunner().invoke(main, [*defaults, *map(str, arguments)])
 
     return run
@@ -133,8 +134,14 @@ def test_engines_are_built_on_first_use(run, tmp_path):
 
 
 def test_one_engine_folder_needs_no_checkpoint(run, engine_folder):
-    result = run("--prompt", "hot dog", ckpt="/nowhere", engines=engine_folder)
+    result = run("--prompt", "hot dog", ckpt=None, engines=engine_folder)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("options", [("--cut", "mid"), ("--dtype", "fp32"), ("--compare",)])
+def test_one_engine_folder_has_decided(run, engine_folder, options):
+    result = run("--prompt", "x", *options, ckpt=None, engines=engine_folder)
+    assert_one_sentence(result, 2, "one engine folder", options[0])
 
 
 @pytest.mark.parametrize(
@@ -176,7 +183,7 @@ def test_an_edited_engine(run, engine_folder, tmp_path):
     copied = shutil.copytree(engine_folder, tmp_path / "engine")
     with (copied / "unet_decoder" / "model.onnx.data").open("r+b") as stream:
         stream.write(b"\x01")
-    result = run("--prompt", "x", engines=copied)
+    result = run("--prompt", "x", ckpt=None, engines=copied)
     assert_one_sentence(result, 1, "model.onnx.data", "encache-export")
 
 
