@@ -79,7 +79,14 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json; it must be the last file of the folder."""
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        data = asdict(self)
+        data["digest"] = _digest(data)
+        (folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's own content, so that it is guarded like the files it lists."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,6 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         data: dict[str, Any] = json.loads(path.read_text())
+        if data.pop("digest") != _digest(data):
+            raise ValueError("its digest differs")
         identity = Identity(**data["identity"])
         manifest = Manifest(
             **{
@@ -105,7 +114,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not an engine folder: it holds no {MANIFEST}. Build one with "
             "encache-export."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
     if identity.graph_format != GRAPH_FORMAT:
         raise EngineError(
