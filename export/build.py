@@ -5,24 +5,25 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from encache.errors import EngineError
+from encache.errors import EncacheError, EngineError
 from encache.export.manifest import (
     MANIFEST,
     Identity,
     Manifest,
-    hash_files,
     identify,
     read_manifest,
+    record_files,
 )
 from encache.model.checkpoint import Checkpoint, load_pipeline
-from encache.model.features import Cut, ImageSpec, feature_table
+from encache.model.features import CUTS, Cut, ImageSpec, feature_table
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -45,6 +46,11 @@ class Request:
     dtype: str = "fp32"
     backend: str = "onnxruntime"
 
+    def __post_init__(self) -> None:
+        for value, known in ((self.cut, CUTS), (self.dtype, DTYPES), (self.backend, BACKENDS)):
+            if value not in known:
+                raise EncacheError(f"There is no {value!r}. Choose one of {', '.join(known)}.")
+
     @cached_property
     def identity(self) -> Identity:
         """Hashes the checkpoint, which takes about a second per 2 GB."""
@@ -57,9 +63,16 @@ class Request:
 
 
 def find_engines(request: Request, engine_dir: Path) -> Path | None:
-    """The finished engine folder of this request, or None."""
+    """The finished engine folder of this request, or None.
+
+    Raises:
+        EngineError: it is finished, but a file is missing, of another size, or foreign.
+    """
     folder = engine_dir / request.folder_name
-    return folder if (folder / MANIFEST).is_file() else None
+    if not (folder / MANIFEST).is_file():
+        return None
+    read_manifest(folder)
+    return folder
 
 
 def build_engines(request: Request, engine_dir: Path, report: Report = lambda line: None) -> Path:
@@ -82,7 +95,7 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
     engine_dir.mkdir(parents=True, exist_ok=True)
     folder = engine_dir / request.folder_name
     unfinished = f".{folder.name}-"
-    with FileLock(engine_dir / f".{folder.name}.lock"):
+    with _take(FileLock(engine_dir / f".{folder.name}.lock"), report):
         if finished := find_engines(request, engine_dir):
             return finished
         for leftover in engine_dir.glob(f"{unfinished}*"):  # of a builder that was killed
@@ -93,8 +106,15 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
             _write_engines(request, parts, report)
             shutil.rmtree(folder, ignore_errors=True)  # a folder without manifest is no engine
             parts.rename(folder)
-    read_manifest(folder)
     return folder
+
+
+def _take(lock: FileLock, report: Report) -> AbstractContextManager[object]:
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        report("waiting for another process that builds the same engines")
+        return lock.acquire()
 
 
 def _write_engines(request: Request, folder: Path, report: Report) -> None:
@@ -104,7 +124,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
     from encache.export.parity import measure_parity
 
     start = time.perf_counter()
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[request.dtype]
+    dtype = torch.float16 if request.dtype == "fp16" else torch.float32
     pipeline = load_pipeline(request.checkpoint, dtype)
     size = pipeline.unet.config.sample_size
     traced = max(size, 16)  # smaller pictures shrink to one pixel inside the UNet
@@ -131,7 +151,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         identity=request.identity,
         features=feature_table(pipeline.unet.config, request.cut),
         spec=ImageSpec.of(pipeline.unet.config, pipeline.vae.config),
-        files=hash_files(folder),
+        files=record_files(folder),
         parity=parity,
         parity_tolerance=tolerance,
         build_seconds=round(time.perf_counter() - start, 1),

@@ -18,6 +18,7 @@ from encache.model.features import Cut, Feature, ImageSpec
 MANIFEST = "manifest.json"
 #: Raised when graphs of an older encache no longer fit its runtime.
 GRAPH_FORMAT = 1
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 REBUILD = "Delete the folder and run encache-export again."
 
 
@@ -28,7 +29,7 @@ class Identity:
     Attributes:
         model: fingerprint of the checkpoint.
         cut, dtype, backend: as asked for.
-        torch, diffusers: versions that traced the graphs.
+        tools: versions of the libraries that trace the graphs.
         graph_format: see `GRAPH_FORMAT`.
     """
 
@@ -36,8 +37,7 @@ class Identity:
     cut: Cut
     dtype: str
     backend: str
-    torch: str
-    diffusers: str
+    tools: str
     graph_format: int = GRAPH_FORMAT
 
     @property
@@ -49,8 +49,16 @@ class Identity:
 
 def identify(checkpoint: Checkpoint, cut: Cut, dtype: str, backend: str) -> Identity:
     """The identity of the engines that this machine would build."""
-    torch, diffusers = version("torch").split("+")[0], version("diffusers")
-    return Identity(checkpoint.fingerprint(), cut, dtype, backend, torch, diffusers)
+    tools = " ".join(f"{name} {version(name).split('+')[0]}" for name in _TOOLS)
+    return Identity(checkpoint.fingerprint(), cut, dtype, backend, tools)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of the folder must be."""
+
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Manifest:
         identity: what the engines were built for.
         features: the tensors that cross the cut.
         spec: how pictures and latents relate.
-        files: sha256 of each file, by its path in the folder.
+        files: size in bytes and sha256 of each file, by its path in the folder.
         parity: relative error of each graph against PyTorch eager at build.
         parity_tolerance: the largest that was accepted.
         build_seconds: how long the build took.
@@ -72,7 +80,7 @@ class Manifest:
     identity: Identity
     features: tuple[Feature, ...]
     spec: ImageSpec
-    files: Mapping[str, str]
+    files: Mapping[str, FileRecord]
     parity: Mapping[str, float]
     parity_tolerance: float
     build_seconds: float
@@ -93,13 +101,20 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json.
 
     Raises:
-        EngineError: there is none, or it is damaged or of another format.
+        EngineError: there is none, it is damaged or of another format, or the folder's files are
+            not those that it lists (names and sizes; contents are checked when they are read).
     """
     path = folder / MANIFEST
     try:
         data: dict[str, Any] = json.loads(path.read_text())
         if data.pop("digest") != _digest(data):
             raise ValueError("its digest differs")
+        graph_format = data["identity"]["graph_format"]
+        if graph_format != GRAPH_FORMAT:
+            raise EngineError(
+                f"{folder} has graph format {graph_format}, this encache reads {GRAPH_FORMAT}. "
+                f"{REBUILD}"
+            )
         identity = Identity(**data["identity"])
         manifest = Manifest(
             **{
@@ -107,6 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
                 "identity": identity,
                 "features": tuple(Feature(**one) for one in data["features"]),
                 "spec": ImageSpec(**data["spec"]),
+                "files": {name: FileRecord(**one) for name, one in data["files"].items()},
             }
         )
     except FileNotFoundError:
@@ -116,12 +132,20 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
-    if identity.graph_format != GRAPH_FORMAT:
-        raise EngineError(
-            f"{folder} has graph format {identity.graph_format}, this encache reads "
-            f"{GRAPH_FORMAT}. {REBUILD}"
-        )
+    _refuse_changed(folder, manifest)
     return manifest
+
+
+def _refuse_changed(folder: Path, manifest: Manifest) -> None:
+    found = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST
+    }
+    expected = {name: record.size for name, record in manifest.files.items()}
+    if wrong := sorted(dict(found.items() ^ expected.items())):
+        state = "is not what was built" if wrong[0] in found else "is missing"
+        raise EngineError(f"{folder / wrong[0]} {state}. {REBUILD}")
 
 
 def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
@@ -131,22 +155,21 @@ def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
         EngineError: the file is missing, truncated or altered.
     """
     path = folder / name
-    expected = manifest.files.get(name)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise EngineError(f"{path} is missing. {REBUILD}") from None
-    if hashlib.sha256(content).hexdigest() != expected:
+    if name not in manifest.files or not path.is_file():
+        raise EngineError(f"{path} is missing. {REBUILD}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.files[name].sha256:
         raise EngineError(f"{path} is not what was built: its sha256 differs. {REBUILD}")
     return content
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below the folder, by its path in the folder."""
-    hashes = {}
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below the folder, by its path in the folder."""
+    records = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            hashes[path.relative_to(folder).as_posix()] = digest
-    return hashes
+            name = path.relative_to(folder).as_posix()
+            records[name] = FileRecord(path.stat().st_size, digest)
+    return records

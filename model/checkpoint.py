@@ -48,7 +48,13 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Short name for folders and reports."""
-        return (self.weights or self.folder or Path("model")).stem
+        if self.weights:
+            return self.weights.stem
+        assert self.folder is not None
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/hash
+            return folder.parent.parent.name.split("--")[-1]
+        return folder.name
 
     def files(self) -> Iterator[Path]:
         """Every file that determines an image, in a stable order."""
@@ -57,7 +63,7 @@ class Checkpoint:
                 path = self.folder / part
                 inside = sorted(path.rglob("*")) if path.is_dir() else [path]
                 yield from (file for file in inside if file.suffix in {".json", ".txt"})
-                yield from (file for file in inside if file.suffix == ".safetensors")
+                yield from (file for file in inside if _is_loaded(file))
         if self.weights:
             yield self.weights
 
@@ -69,6 +75,11 @@ class Checkpoint:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
             total.update(file.name.encode())
         return total.hexdigest()
+
+
+def _is_loaded(file: Path) -> bool:
+    """Whether diffusers reads this weight file: not the variants that may lie beside it."""
+    return file.suffix == ".safetensors" and not {".fp16", ".non_ema"} & set(file.suffixes[:-1])
 
 
 def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = None) -> Checkpoint:
@@ -84,7 +95,7 @@ def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = No
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
     """
     if ckpt is None:
-        return Checkpoint(_find_folder(base or default_model()))
+        return find_checkpoint(default_model(), base)
     path = Path(ckpt).expanduser()
     if path.suffix in _PICKLES:
         raise CheckpointError(
@@ -95,6 +106,8 @@ def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = No
             f'sys.argv[2])" {path} {path.with_suffix(".safetensors")}'
         )
     if not path.is_file():
+        if base is not None:
+            raise CheckpointError(f"{ckpt} is complete in itself; leave out --base {base}.")
         return Checkpoint(_find_folder(ckpt))
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
@@ -132,19 +145,25 @@ def _find_folder(folder: str | Path) -> Path:
             raise CheckpointError(
                 f"{path} is not a diffusers folder: it holds no model_index.json."
             )
-        _refuse_incomplete(path)
+        _refuse_unusable(path)
         return path
     if not path.exists() and _HUB_ID.fullmatch(str(folder)):
         return _download(str(folder))
     raise CheckpointError(f"There is no diffusers folder at {path}. Check the path.")
 
 
-def _refuse_incomplete(path: Path) -> None:
+def _refuse_unusable(path: Path) -> None:
     try:
         index = json.loads((path / "model_index.json").read_text())
+        pipeline_class = index.get("_class_name")
         parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
     except (ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path / 'model_index.json'} is damaged ({error}).") from error
+    if pipeline_class != "StableDiffusionPipeline":
+        raise CheckpointError(
+            f"{path} is a {pipeline_class}; encache runs text-to-image checkpoints of Stable "
+            "Diffusion 1.x and 2.x (StableDiffusionPipeline)."
+        )
     for part in sorted(parts & {"unet", "vae", "text_encoder"}):
         if not list((path / part).glob("*.safetensors")):
             raise CheckpointError(
@@ -161,11 +180,15 @@ def _download(hub_id: str) -> Path:
 
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # several layers of clients, each with exceptions of its own
         raise CheckpointError(
-            f"{hub_id!r} is no local path and could not be fetched from the hub: {reason}"
+            f"{hub_id!r} is no local path and could not be fetched from the hub: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first words of a library's message, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_pipeline(
@@ -190,21 +213,23 @@ def load_pipeline(
         "use_safetensors": True,
     }
     single_file = checkpoint.weights is not None and checkpoint.holds == "pipeline"
+    folder = str(checkpoint.folder) if checkpoint.folder else None
+    _hide_progress_bars()
     try:
-        _hide_progress_bars()
         if single_file:
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(checkpoint.weights), config=_optional(checkpoint.folder), **options
+                str(checkpoint.weights), config=folder, **options
             )
         else:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                checkpoint.folder, local_files_only=True, **options
+                folder, local_files_only=True, **options
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # damaged files surface as any exception of four libraries
+        what = checkpoint.weights if single_file else checkpoint.folder
+        incomplete = single_file and not checkpoint.folder
+        hint = " If it is not complete, add --base." if incomplete else ""
         raise CheckpointError(
-            f"{checkpoint.weights if single_file else checkpoint.folder} could not be loaded as "
-            f"Stable Diffusion: {reason}"
+            f"{what} could not be loaded as Stable Diffusion: {_reason(error)}{hint}"
         ) from error
     if checkpoint.weights and not single_file:
         _lay_over(pipeline.unet, checkpoint)
@@ -219,10 +244,6 @@ def _hide_progress_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _optional(path: Path | None) -> str | None:
-    return str(path) if path else None
 
 
 def _lay_over(unet: "torch.nn.Module", checkpoint: Checkpoint) -> None:

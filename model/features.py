@@ -41,6 +41,11 @@ class ImageSpec:
     downscale: int
     scaling_factor: float
 
+    @property
+    def picture_size(self) -> int:
+        """Default picture height and width in pixels."""
+        return self.sample_size * self.downscale
+
     @classmethod
     def of(cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> "ImageSpec":
         """Read it from the configs of a diffusers UNet and autoencoder."""

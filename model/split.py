@@ -173,6 +173,7 @@ def _refuse_unsupported(unet: UNet2DConditionModel) -> None:
     config = unet.config
     up_blocks = {type(block).__name__ for block in unet.up_blocks}
     unsupported = {
+        "more inputs than latents (inpainting, editing)": config.in_channels != config.out_channels,
         "other up blocks than Stable Diffusion's": up_blocks - {"UpBlock2D", "CrossAttnUpBlock2D"},
         "FreeU": any(getattr(block, "s1", None) for block in unet.up_blocks),
         "class conditioning": unet.class_embedding is not None,
@@ -188,5 +189,5 @@ def _refuse_unsupported(unet: UNet2DConditionModel) -> None:
         if present:
             raise CheckpointError(
                 f"This UNet uses {reason}, which the split does not carry. "
-                "Stable Diffusion 1.x, 2.x and XL text-to-image UNets work."
+                "Stable Diffusion's text-to-image UNets work."
             )

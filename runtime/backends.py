@@ -11,6 +11,8 @@ from encache.runtime.engines import Engines
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
 
 def load_engines(folder: Path, manifest: Manifest) -> Engines:
     """Open the engine pair, text encoder and image decoder of a folder.
@@ -30,22 +32,30 @@ def load_tokenizer(folder: Path, manifest: Manifest) -> "CLIPTokenizer":
     """The tokenizer of a folder, after checking its files."""
     from transformers import CLIPTokenizer
 
-    _verify(folder, manifest, "tokenizer/")
+    for name in manifest.files:
+        if name.startswith("tokenizer/"):
+            read_verified(folder, manifest, name)
     return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
 def load_scheduler(folder: Path, manifest: Manifest) -> Any:
-    """The scheduler of a folder, after checking its config."""
+    """The scheduler of an engine folder, after checking its config."""
+    return scheduler_from_config(read_verified(folder, manifest, SCHEDULER_CONFIG))
+
+
+def scheduler_from_config(config: bytes) -> Any:
+    """The diffusers scheduler that a scheduler_config.json describes.
+
+    Raises:
+        EngineError: it does not describe one.
+    """
     import diffusers
 
-    config = json.loads(read_verified(folder, manifest, "scheduler/scheduler_config.json"))
-    scheduler: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin):
-        return scheduler.from_config(config)  # type: ignore[attr-defined]
-    raise EngineError(f"{folder} names no diffusers scheduler. {REBUILD}")
-
-
-def _verify(folder: Path, manifest: Manifest, prefix: str) -> None:
-    for name in manifest.files:
-        if name.startswith(prefix):
-            read_verified(folder, manifest, name)
+    try:
+        data = json.loads(config)
+        scheduler: Any = getattr(diffusers, data["_class_name"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{SCHEDULER_CONFIG} names no diffusers scheduler ({error}).") from error
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
+        raise EngineError(f"{SCHEDULER_CONFIG} names {scheduler}, which is no scheduler.")
+    return scheduler.from_config(data)  # type: ignore[attr-defined]

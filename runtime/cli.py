@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -11,21 +12,22 @@ from click.core import ParameterSource
 from encache import __version__
 from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
-from encache.export.manifest import MANIFEST
-from encache.model.checkpoint import find_checkpoint
+from encache.export.manifest import MANIFEST, read_manifest
+from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.model.features import CUTS, Cut
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
+    from encache.runtime.solver import Scheduler
 
 
 def _parse_key_calls(
     context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[int, ...] | str | None:
+) -> tuple[int, ...] | Literal["paper"] | None:
     if value is None or value == "paper":
-        return value
+        return None if value is None else "paper"
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -119,7 +121,7 @@ def main(
     prompts_file: Path | None,
     negative_prompt: str,
     stride: int,
-    key_calls: tuple[int, ...] | str | None,
+    key_calls: tuple[int, ...] | Literal["paper"] | None,
     blend: Blend,
     prior_noise: bool,
     steps: int,
@@ -148,58 +150,101 @@ def main(
 
     Example: encache-run --prompt "red apple" --stride 10
     """
-    lines = prompts_file.read_text().splitlines() if prompts_file else []
-    wanted = [*prompts, *(line.strip() for line in lines if line.strip())]
+    wanted = [*prompts, *_read_prompts(prompts_file)]
     if not wanted and not dry_run:
-        raise click.UsageError("Give --prompt or --prompts-file.")
-    seeds = range(seed, seed + num_images)
-    if (engine_dir / MANIFEST).is_file():
-        _refuse_decided(engine_dir)
-    paths = [] if comparing or dry_run else _picture_paths(output, wanted, seeds)
+        raise click.UsageError("Give --prompt, or --prompts-file with a prompt in it.")
+    one_folder = (engine_dir / MANIFEST).is_file()
+    _refuse_what_would_be_ignored(engine_dir if one_folder else None, comparing)
 
-    pipeline = _open(ckpt, base, cut, dtype, backend, engine_dir)
+    from encache.runtime.files import check_writable
+    from encache.runtime.pipeline import check_size
+    from encache.runtime.plan import make_plan
+    from encache.runtime.schedulers import make_scheduler
+
+    # Everything that can be wrong is checked before engines are built, which may take minutes.
+    check_size(*(side for side in (height, width) if side))
+    seeds = range(seed, seed + (repeats if comparing else num_images))
+    source = None if one_folder else find_checkpoint(ckpt, base)
+    pipeline = None
+    folder = source.folder if source else engine_dir
+    if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
+        pipeline = _open(source, cut, dtype, backend, engine_dir)
+    solver = pipeline.scheduler if pipeline else _read_scheduler(folder)
     if scheduler:
-        from encache.runtime.schedulers import make_scheduler
-
-        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+        solver = make_scheduler(scheduler, solver)
     policy: dict[str, Any] = {
         "stride": stride,
-        "key_calls": _resolve_key_calls(key_calls, pipeline, steps),
+        "key_calls": _resolve_key_calls(key_calls, solver, steps),
         "blend": blend,
         "prior_noise": prior_noise,
         "max_decode_batch": max_decode_batch,
     }
-    rows_per_call = num_images * (2 if guidance_scale > 1 else 1)
-    plan = pipeline.plan(steps, **policy, rows_per_call=rows_per_call)
+    rows_per_call = (1 if comparing else num_images) * (2 if guidance_scale > 1 else 1)
+    plan = make_plan(solver, steps, **policy, rows_per_call=rows_per_call)
     if dry_run:
         click.echo(plan.to_json())
         return
+    if json_path:
+        check_writable(json_path.parent)
+    paths = [] if comparing else _picture_paths(output, wanted, seeds)
+    pipeline = pipeline or _open(source, cut, dtype, backend, engine_dir)
+    pipeline.scheduler = solver
     call = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
+        "height": height or pipeline.spec.picture_size,
+        "width": width or pipeline.spec.picture_size,
     }
-    if comparing:
-        seeds = range(seed, seed + repeats)
-        _compare(pipeline, ckpt, base, cut, wanted, seeds, call, policy, json_path)
+    if source and comparing:
+        _compare(pipeline, source, cut, wanted, seeds, call, policy, json_path)
         return
     settings = {
         **call,
         **policy,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": {**solver.config, "_class_name": type(solver).__name__},
         "plan": plan.hash(),
-        "engines": pipeline.engines.key,
+        "model": source.name if source else engine_dir.name,
+        "fingerprint": source.fingerprint() if source else pipeline.engines.identity["model"],
+        "engines": pipeline.engines.identity,
         "encache": __version__,
-        "ckpt": ckpt or "default",
     }
     _draw(pipeline, wanted, seeds, {**call, **policy}, settings, paths)
 
 
+def _read_prompts(path: Path | None) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8") if path else ""
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{path} is not UTF-8 text ({error.reason}).") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -> None:
+    """Options that another one makes meaningless are refused, never ignored."""
+    context = click.get_current_context()
+    idle = {"num_images", "output"} if comparing else {"json_path", "repeats"}
+    # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
+    decided = {"ckpt", "base", "cut", "dtype", "backend", "comparing"} if engine_folder else set()
+    for parameter in context.command.params:
+        if parameter.name is None or parameter.name not in idle | decided:
+            continue
+        if context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT:
+            option = parameter.opts[0]
+            if parameter.name in decided:
+                raise click.UsageError(
+                    f"{engine_folder} is one engine folder, so {option} cannot be honoured: leave "
+                    "it out, or give --engine-dir the folder's parent."
+                )
+            raise click.UsageError(
+                f"{option} means nothing {'with' if comparing else 'without'} --compare."
+            )
+
+
 def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
     """Where the pictures go, one per prompt and image; refuses before any work is done."""
-    from encache.runtime.images import check_writable, file_name
+    from encache.runtime.files import check_writable
+    from encache.runtime.images import file_name
 
     count = len(prompts) * len(seeds)
     if output.suffix.lower() == ".png":
@@ -217,45 +262,37 @@ def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -
     ]
 
 
-def _refuse_decided(engine_folder: Path) -> None:
-    """One engine folder is one model at one cut, so options that choose these are refused."""
-    context = click.get_current_context()
-    decided = ("ckpt", "base", "cut", "dtype", "backend", "comparing")
-    for name in decided:
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            option = "compare" if name == "comparing" else name
-            raise click.UsageError(
-                f"{engine_folder} is one engine folder, so --{option} cannot be honoured: leave it "
-                "out, or give --engine-dir the folder's parent."
-            )
-
-
 def _open(
-    ckpt: str | None, base: str | None, cut: Cut, dtype: str, backend: str, engine_dir: Path
+    source: Checkpoint | None, cut: Cut, dtype: str, backend: str, engine_dir: Path
 ) -> "EncachePipeline":
     from encache.runtime.pipeline import EncachePipeline
 
-    if (engine_dir / MANIFEST).is_file():
+    if source is None:
         return EncachePipeline.from_engines(engine_dir)
     if backend == "torch":
-        return EncachePipeline.from_pretrained(
-            ckpt, base=base, cut=cut, backend=backend, dtype=dtype
-        )
-    request = Request(find_checkpoint(ckpt, base), cut, dtype, backend)
+        return EncachePipeline.from_checkpoint(source, cut, dtype)
+    if (engine_dir / "model_index.json").exists():  # an engine folder that lost its manifest
+        read_manifest(engine_dir)
+    request = Request(source, cut, dtype, backend)
     if not find_engines(request, engine_dir):
         click.echo(f"Building {request.folder_name} in {engine_dir}, once.", err=True)
     folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
     return EncachePipeline.from_engines(folder)
 
 
+def _read_scheduler(folder: Path) -> "Scheduler":
+    from encache.runtime.backends import SCHEDULER_CONFIG, scheduler_from_config
+
+    return scheduler_from_config((folder / SCHEDULER_CONFIG).read_bytes())
+
+
 def _resolve_key_calls(
-    key_calls: tuple[int, ...] | str | None, pipeline: "EncachePipeline", steps: int
+    key_calls: tuple[int, ...] | Literal["paper"] | None, scheduler: "Scheduler", steps: int
 ) -> tuple[int, ...] | None:
     from encache.runtime.plan import paper_key_calls
+    from encache.runtime.solver import count_calls
 
-    if key_calls == "paper":
-        return paper_key_calls(pipeline.plan(steps, stride=1).num_calls)
-    return key_calls  # type: ignore[return-value]
+    return paper_key_calls(count_calls(scheduler, steps)) if key_calls == "paper" else key_calls
 
 
 def _draw(
@@ -285,8 +322,7 @@ def _draw(
 
 def _compare(
     pipeline: "EncachePipeline",
-    ckpt: str | None,
-    base: str | None,
+    source: Checkpoint,
     cut: Cut,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -297,13 +333,16 @@ def _compare(
     from encache.model.arithmetic import count_arithmetic
     from encache.model.checkpoint import load_pipeline
     from encache.runtime import compare
+    from encache.runtime.files import write_atomically
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
 
-    plain = load_pipeline(find_checkpoint(ckpt, base))
+    plain = load_pipeline(source)
     plain.scheduler = pipeline.scheduler
     same_plan = EncachePipeline.from_pipe(plain, cut)
-    cached = [same_plan] if pipeline.engines.name == "torch" else [same_plan, pipeline]
+    cached = (
+        [same_plan] if pipeline.engines.name == same_plan.engines.name else [same_plan, pipeline]
+    )
     for one in cached:
         one.set_progress_bar_config(disable=True)
     height, width = same_plan.latent_size(call["height"], call["width"])
@@ -320,6 +359,6 @@ def _compare(
             "call": call,
             "policy": policy,
             "cut": cut,
-            "rows": compare.to_json(rows),
+            "rows": [asdict(row) for row in rows],
         }
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+        write_atomically(json_path, json.dumps(report, indent=2).encode() + b"\n")

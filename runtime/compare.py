@@ -4,22 +4,24 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from encache.model.arithmetic import Arithmetic
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
+from encache.runtime.solver import count_calls
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-#: Makes one picture [H, W, 3] in [0, 1] from a prompt and a generator.
-Sampler = Callable[[str, torch.Generator], np.ndarray]
+#: Makes one picture [H, W, 3] in [0, 1] from a prompt and unit noise [1, 4, h, w].
+Sampler = Callable[[str, Tensor], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ def compare(
         cached: the pipelines to compare with it, same model and scheduler.
         arithmetic: of one row of one call.
         prompts, seeds: every pair is one picture.
-        call: arguments that all share (num_inference_steps, guidance_scale, height, ...).
+        call: arguments that all share; num_inference_steps, guidance_scale, height and width
+            among them.
         policy: the caching policy.
     """
     steps = call["num_inference_steps"]
     rows_per_call = 2 if call["guidance_scale"] > 1 else 1
     full = make_plan(plain.scheduler, steps)
-    plan = cached[0].plan(steps, **policy, rows_per_call=rows_per_call)
+    plan = make_plan(plain.scheduler, steps, **policy, rows_per_call=rows_per_call)
     fewer_steps = steps_within(plain.scheduler, steps, _gflop(plan, arithmetic), arithmetic)
     fewer = make_plan(plain.scheduler, fewer_steps)
 
@@ -87,13 +90,17 @@ def compare(
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     seconds: list[list[float]] = [[] for _ in ways]
     psnrs: list[list[float]] = [[] for _ in ways]
+    size = cached[0].latent_size(call["height"], call["width"])
+    shape = (1, cached[0].spec.channels, *size)
     for _, _, sampler in ways:
-        sampler(jobs[0][0], torch.Generator().manual_seed(jobs[0][1]))
+        sampler(prompts[0], torch.zeros(shape))
     for prompt, seed in tqdm(jobs, desc="compare"):
+        # One noise for all, drawn once: generators give other numbers in other precisions.
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         reference: np.ndarray | None = None
         for index, (_, _, sampler) in enumerate(ways):
             start = time.perf_counter()
-            picture = sampler(prompt, torch.Generator().manual_seed(seed))
+            picture = sampler(prompt, noise)
             seconds[index].append(time.perf_counter() - start)
             if reference is None:
                 reference = picture
@@ -117,7 +124,7 @@ def compare(
 def steps_within(scheduler: Any, steps: int, gflop: float, arithmetic: Arithmetic) -> int:
     """Most steps of the plain sampler whose calls cost at most `gflop` per row; at least one."""
     for fewer in range(steps, 1, -1):
-        if make_plan(scheduler, fewer).num_calls * arithmetic.full <= gflop:
+        if count_calls(scheduler, fewer) * arithmetic.full <= gflop:
             return fewer
     return 1
 
@@ -146,11 +153,6 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as data."""
-    return [asdict(row) for row in rows]
-
-
 def _gflop(plan: Plan, arithmetic: Arithmetic) -> float:
     """Per row of the batch."""
     return plan.num_encoder_runs * arithmetic.encoder + plan.num_calls * arithmetic.decoder
@@ -159,7 +161,7 @@ def _gflop(plan: Plan, arithmetic: Arithmetic) -> float:
 def _sampler(
     pipeline: "StableDiffusionPipeline | EncachePipeline", arguments: dict[str, Any]
 ) -> Sampler:
-    def run(prompt: str, generator: torch.Generator) -> np.ndarray:
-        return pipeline(prompt, generator=generator, output_type="np", **arguments).images[0]
+    def run(prompt: str, noise: Tensor) -> np.ndarray:
+        return pipeline(prompt, latents=noise, output_type="np", **arguments).images[0]
 
     return run

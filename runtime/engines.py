@@ -1,8 +1,8 @@
 """What a backend does for the sampler, and the PyTorch backend that the others are held against."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,15 +13,24 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
 class Engines(AbstractContextManager["Engines"], Protocol):
     """An engine pair with its text encoder and image decoder.
 
     The ring belongs to one generation: a tensor [M, B, C, h', w'] per feature, allocated once,
     written in place by `encode` and read by `decode`.
+
+    Attributes:
+        name: of the backend.
+        identity: what a picture's metadata says about the engines that made it.
+        features: the tensors that cross the cut.
+        dtype, device: of latents, text embeddings and features.
     """
 
     name: str
-    key: str
+    identity: Mapping[str, Any]
     features: tuple[Feature, ...]
     dtype: torch.dtype
     device: torch.device
@@ -65,12 +74,12 @@ class TorchEngines(AbstractContextManager["TorchEngines"]):
     """The halves run by PyTorch, straight from the pipeline's own modules."""
 
     name = "torch"
-    key = "torch"
 
     def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut = "up2") -> None:
         from encache.model.split import SplitUNet
 
         split = SplitUNet(pipeline.unet, cut)
+        self.identity = {"backend": self.name, "cut": cut, "dtype": str(pipeline.unet.dtype)}
         self.features = split.features
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device

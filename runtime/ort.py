@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from encache.errors import EngineError
 from encache.export.manifest import REBUILD, Manifest, read_verified
+from encache.runtime.engines import TORCH_DTYPES
 
 _NUMPY = {
     torch.float32: np.float32,
     torch.float16: np.float16,
     torch.int64: np.int64,
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class OrtEngines(AbstractContextManager["OrtEngines"]):
@@ -26,10 +27,10 @@ class OrtEngines(AbstractContextManager["OrtEngines"]):
     name = "onnxruntime"
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.key = manifest.identity.key
+        self.identity = {"key": manifest.identity.key, **asdict(manifest.identity)}
         self.features = manifest.features
         self.spec = manifest.spec
-        self.dtype = DTYPES[manifest.identity.dtype]
+        self.dtype = TORCH_DTYPES[manifest.identity.dtype]
         self.device = torch.device("cpu")
         self._names = [feature.name for feature in self.features]
         self._encoder = _open_session(folder, manifest, "unet_encoder")

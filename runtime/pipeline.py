@@ -1,5 +1,6 @@
 """`EncachePipeline`: diffusers' Stable Diffusion call over an engine pair and a plan."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,12 @@ from tqdm import tqdm
 
 from encache.errors import EncacheError
 from encache.export.manifest import read_manifest
-from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import Cut, ImageSpec
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import Blend
-from encache.runtime.engines import Engines, TorchEngines
-from encache.runtime.plan import Decode, Plan, make_plan
+from encache.runtime.engines import TORCH_DTYPES, Engines, TorchEngines
+from encache.runtime.plan import Decode, make_plan
 from encache.runtime.sampler import Guide, sample
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from encache.runtime.solver import Scheduler
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[str]
 Callback = Callable[["EncachePipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -85,12 +88,18 @@ class EncachePipeline:
         """
         checkpoint = find_checkpoint(model, base)
         if backend == "torch":
-            torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
-            return cls.from_pipe(load_pipeline(checkpoint, torch_dtype), cut)
+            return cls.from_checkpoint(checkpoint, cut, dtype)
         from encache.export.build import Request, build_engines
 
         request = Request(checkpoint, cut=cut, dtype=dtype, backend=backend)
         return cls.from_engines(build_engines(request, Path(engine_dir)))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, cut: Cut, dtype: str) -> "EncachePipeline":
+        """Load a checkpoint that was found already into PyTorch, "fp32" or "fp16"."""
+        if dtype not in TORCH_DTYPES:
+            raise EncacheError(f"There is no {dtype!r}. Choose one of {', '.join(TORCH_DTYPES)}.")
+        return cls.from_pipe(load_pipeline(checkpoint, TORCH_DTYPES[dtype]), cut)
 
     @classmethod
     def from_single_file(cls, path: str | Path, **options: Any) -> "EncachePipeline":
@@ -109,37 +118,6 @@ class EncachePipeline:
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, as in diffusers; `disable=True` silences it."""
         self._progress_bar_config = options
-
-    def plan(
-        self,
-        num_inference_steps: int = 50,
-        *,
-        stride: int = 5,
-        key_calls: Sequence[int] | None = None,
-        blend: Blend = "extrapolate",
-        prior_noise: bool = False,
-        max_decode_batch: int | None = None,
-        rows_per_call: int = 2,
-    ) -> Plan:
-        """The plan that a call with these arguments executes; see `make_plan`."""
-        max_calls = None
-        if max_decode_batch is not None:
-            if max_decode_batch < rows_per_call:
-                raise EncacheError(
-                    f"One call decodes {rows_per_call} rows (images times guidance), more than "
-                    f"the {max_decode_batch} that max_decode_batch allows. Raise it, or make "
-                    "fewer images at once."
-                )
-            max_calls = max_decode_batch // rows_per_call
-        return make_plan(
-            self.scheduler,
-            num_inference_steps,
-            stride=stride,
-            key_calls=key_calls,
-            blend=blend,
-            prior_noise=prior_noise,
-            max_decode_calls=max_calls,
-        )
 
     @torch.inference_mode()
     def __call__(
@@ -200,9 +178,11 @@ class EncachePipeline:
         text = self._encode_prompts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided
         )
+        text = text.to(self.engines.device, self.engines.dtype)
         text = text.repeat_interleave(num_images_per_prompt, dim=1)
         noise = self._draw_noise(text.shape[1], height, width, generator, latents)
-        plan = self.plan(
+        plan = make_plan(
+            self.scheduler,
             num_inference_steps,
             stride=stride,
             key_calls=key_calls,
@@ -233,24 +213,24 @@ class EncachePipeline:
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent height and width of a picture's, which default to the model's own."""
-        default = self.spec.sample_size * self.spec.downscale
-        height, width = height or default, width or default
-        if height % 8 or width % 8 or min(height, width) < 8:
-            raise EncacheError(
-                f"Height and width must be multiples of 8, not {height} x {width}: try "
-                f"{max(8, height // 8 * 8)} x {max(8, width // 8 * 8)}."
-            )
+        height, width = height or self.spec.picture_size, width or self.spec.picture_size
+        check_size(height, width)
         return height // self.spec.downscale, width // self.spec.downscale
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
+        length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=length,
             truncation=True,
             return_tensors="pt",
         )
+        for prompt, ids in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
+            if len(ids) > length:
+                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                logger.warning("%r is too long, its end is ignored: %r", prompt[:40], lost)
         return self.engines.encode_text(tokens.input_ids)
 
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
@@ -276,6 +256,8 @@ class EncachePipeline:
         if prompt_embeds is None:
             assert prompt is not None
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompts:
+                raise EncacheError("The list of prompts is empty.")
             prompt_embeds = self.encode_prompts(prompts)
         if not guided:
             return prompt_embeds[None]
@@ -321,6 +303,15 @@ class EncachePipeline:
                     "callback_on_step_end replaced the latents, but the calls of a segment are "
                     "already decoded when it runs. Use the diffusers pipeline for that."
                 )
+
+
+def check_size(*sides: int) -> None:
+    """Raise EncacheError unless every side of a picture is a multiple of 8 pixels."""
+    for side in sides:
+        if side % 8 or side < 8:
+            raise EncacheError(
+                f"Height and width must be multiples of 8, not {side}: try {max(8, side // 8 * 8)}."
+            )
 
 
 def make_guide(scale: float | None, rescale: float = 0.0) -> Guide:

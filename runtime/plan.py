@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from encache.errors import PlanError
-from encache.runtime.blend import NUM_SLOTS, Blend, lagrange_weights
+from encache.runtime.blend import BLENDS, NUM_SLOTS, Blend, lagrange_weights
 from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
@@ -135,7 +135,8 @@ def make_plan(
     key_calls: Sequence[int] | None = None,
     blend: Blend = "extrapolate",
     prior_noise: bool = False,
-    max_decode_calls: int | None = None,
+    max_decode_batch: int | None = None,
+    rows_per_call: int = 2,
 ) -> Plan:
     """Turn a scheduler and a caching policy into a plan; equal questions are answered from memory.
 
@@ -146,19 +147,34 @@ def make_plan(
         key_calls: explicit key calls instead of a stride.
         blend: see `encache.runtime.blend`.
         prior_noise: inject z as Faster Diffusion does.
-        max_decode_calls: split larger decoder batches, which bounds memory.
+        max_decode_batch: most rows of one decoder run; larger ones are split, which bounds memory.
+        rows_per_call: images times guidance branches.
 
     Raises:
         PlanError: the numbers do not fit together.
     """
+    if blend not in BLENDS:
+        raise PlanError(f"There is no blend {blend!r}. Choose one of {', '.join(BLENDS)}.")
     config = json.dumps(dict(scheduler.config), default=_plain)
     keys = None if key_calls is None else tuple(key_calls)
+    max_decode_calls = _calls_within(max_decode_batch, rows_per_call)
     return _make_plan(
         type(scheduler), config, num_steps, stride, keys, blend, prior_noise, max_decode_calls
     )
 
 
-@lru_cache(maxsize=64)
+def _calls_within(max_decode_batch: int | None, rows_per_call: int) -> int | None:
+    if max_decode_batch is None:
+        return None
+    if max_decode_batch < rows_per_call:
+        raise PlanError(
+            f"One call decodes {rows_per_call} rows (images times guidance), more than the "
+            f"{max_decode_batch} of max_decode_batch. Raise it, or make fewer images at once."
+        )
+    return max_decode_batch // rows_per_call
+
+
+@lru_cache(maxsize=16)
 def _make_plan(
     scheduler_class: Any,
     config: str,

@@ -63,16 +63,25 @@ def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0)
     Raises:
         PlanError: the scheduler draws noise, clips or thresholds, or refuses the number of steps.
     """
-    if num_steps < 1:
-        raise PlanError(f"Sampling needs at least 1 step, not {num_steps}.")
-    num_calls = len(_prepare(scheduler, num_steps).timesteps)
-    basis = torch.eye(num_calls + 1)
+    basis = torch.eye(count_calls(scheduler, num_steps) + 1)
     # A stochastic scheduler is found out below; it must not disturb the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         inputs, samples = _step_through(scheduler, num_steps, prior_noise, basis)
         table = SolverTable(_prepare(scheduler, num_steps).timesteps.float(), inputs, samples)
         _verify_linear(scheduler, num_steps, prior_noise, table)
     return table
+
+
+def count_calls(scheduler: Scheduler, num_steps: int) -> int:
+    """Denoiser evaluations of `num_steps` inference steps.
+
+    Raises:
+        PlanError: the scheduler cannot make so many steps, or so few.
+    """
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= num_steps <= most:
+        raise PlanError(f"Sampling takes between 1 and {most} steps, not {num_steps}.")
+    return len(_prepare(scheduler, num_steps).timesteps)
 
 
 def _prepare(scheduler: Scheduler, num_steps: int) -> Scheduler:

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import that reads it
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -9,7 +11,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from encache.train.text import train_tokenizer
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
 TEXT_WIDTH = 16

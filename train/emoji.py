@@ -33,11 +33,10 @@ AUTOENCODER_CATEGORIES = (
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture, the words that name it, and the category it is filed under."""
+    """One picture and the words that name it."""
 
     captions: tuple[str, ...]
     image: Path
-    category: str
 
 
 def fetch_package(directory: Path) -> Path:
@@ -87,7 +86,7 @@ def read_emoji(package: Path, categories: Iterable[str]) -> list[Emoji]:
     wanted = set(categories)
     folder = package / "img" / "twitter" / "64"
     return [
-        Emoji(_captions(entry), folder / entry["image"], entry["category"])
+        Emoji(_captions(entry), folder / entry["image"])
         for entry in json.loads((package / "emoji.json").read_text())
         if entry["category"] in wanted and entry["has_img_twitter"]
     ]

@@ -99,8 +99,15 @@ def _save(
         "generator": generator.get_state(),
     }
     temporary = checkpoint.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, checkpoint)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, checkpoint)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise EncacheError(
+            f"{checkpoint} could not be written at step {step} ({str(error).splitlines()[0]}): "
+            "free some space, then run the same command again."
+        ) from error
 
 
 def _restore(
@@ -112,9 +119,15 @@ def _restore(
 ) -> int:
     if not checkpoint.exists():
         return 0
-    state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    return state["step"]
+    try:
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        return state["step"]
+    except Exception as error:  # a damaged archive, or one of another model
+        raise EncacheError(
+            f"{checkpoint} is no checkpoint of this run ({str(error).splitlines()[0]}). Delete it "
+            "to start over."
+        ) from error

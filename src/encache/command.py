@@ -19,8 +19,8 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EISDIR: "this is a folder; choose a file",
     errno.EEXIST: "a file of this name is in the way; choose another",
-    errno.ENOENT: "check the path",
 }
+_OTHER_REMEDY = "check the path and the disk"
 
 
 class Command(click.Command):
@@ -33,16 +33,17 @@ class Command(click.Command):
             return super().invoke(ctx)
         except EncacheError as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader of our output has gone
         except OSError as error:
-            if error.errno not in _REMEDIES:
-                raise
             raise click.ClickException(_explain(error)) from error
 
 
 def _explain(error: OSError) -> str:
     """Say what the operating system refused, where, and what to do: one sentence."""
     where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{where}: {_REMEDIES[error.errno or 0]}."
+    remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
+    return f"{error.strerror or error}{where}: {remedy}."
 
 
 def _quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from encache.errors import EngineError
@@ -182,20 +182,19 @@ def test_altered_companions_are_refused(copied, part):
         EncachePipeline.from_engines(copied)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
 def test_a_manifest_edited_by_one_byte_is_refused(engine_folder, place, byte):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, MANIFEST)
-        content = bytearray((engine_folder / MANIFEST).read_bytes())
-        content[place % len(content)] = byte
-        path.write_bytes(content)
-        try:
-            read = read_manifest(Path(folder))
-        except EngineError as error:
-            assert "damaged" in str(error)
-        else:  # one blank for another
-            assert read == read_manifest(engine_folder)
+    with tempfile.TemporaryDirectory() as parent:
+        copied = Path(parent, "engine")
+        shutil.copytree(engine_folder, copied)
+        content = bytearray((copied / MANIFEST).read_bytes())
+        place %= len(content)
+        assume(content[place] != byte and not {content[place], byte} <= set(b" \n\t\r"))
+        content[place] = byte
+        (copied / MANIFEST).write_bytes(content)
+        with pytest.raises(EngineError, match="damaged"):
+            read_manifest(copied)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +229,8 @@ def test_the_key_follows_every_part_of_the_identity(model_folder):
     ]
     identity = request.identity
     keys = {one.identity.key for one in variants}
-    keys |= {replace(identity, **{name: "other"}).key for name in ("model", "torch", "diffusers")}
-    assert len(keys) == 6
+    keys |= {replace(identity, **{name: "other"}).key for name in ("model", "tools")}
+    assert len(keys) == 5
 
 
 def test_external_weights_are_hashed(engine_folder):

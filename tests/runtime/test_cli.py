@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from encache.runtime import images
+from encache.runtime import files
 from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import make_plan
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def run(model_folder, engine_folder, tmp_path, monkeypatch):
 
 def assert_one_sentence(result, code, *words):
     assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)  # anything else would be a traceback
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("Error: ")
     for word in words:
@@ -52,18 +54,18 @@ def test_the_metadata_repeats_the_picture(run, tmp_path, engine_folder):
     result = run("--prompt", "Grüne 梨", "--seed", 7, "--scheduler", "euler", "--stride", 2)
     path = tmp_path / result.stdout.strip()
     data = read_metadata(path)
-    assert engine_folder.name.endswith(data["engines"])
+    assert engine_folder.name.endswith(data["engines"]["key"])
+    assert data["fingerprint"] == data["engines"]["model"]
     pipeline = EncachePipeline.from_engines(engine_folder)
-    from encache.runtime.schedulers import make_scheduler
-
-    assert data["scheduler"] == "EulerDiscreteScheduler"
-    pipeline.scheduler = make_scheduler("euler", pipeline.scheduler)
+    scheduler_class = getattr(diffusers, data["scheduler"]["_class_name"])
+    pipeline.scheduler = scheduler_class.from_config(data["scheduler"])
     policy = {key: data[key] for key in ("stride", "key_calls", "blend", "prior_noise")}
     call = {
         key: data[key]
         for key in ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width")
     }
-    assert pipeline.plan(data["num_inference_steps"], **policy).hash() == data["plan"]
+    plan = make_plan(pipeline.scheduler, data["num_inference_steps"], **policy)
+    assert plan.hash() == data["plan"]
     generator = [torch.Generator().manual_seed(data["seed"])]
     again = pipeline(data["prompt"], generator=generator, **call, **policy).images[0]
     assert again.tobytes() == Image.open(path).tobytes()
@@ -155,12 +157,15 @@ def test_one_engine_folder_has_decided(run, engine_folder, options):
         (("--prompt", "x", "--key-calls", "0,two"), 2, ["0,5,10"]),
         (("--prompt", "x", "--key-calls", "paper"), 1, ["50 and 20 calls", "not for 10"]),
         (("--prompt", "x", "--steps", "0"), 2, ["--steps"]),
-        (("--prompt", "x", "--steps", "5000"), 1, ["refuses 5000 steps"]),
-        (("--prompt", "x", "--height", "20"), 1, ["multiples of 8", "16 x 16"]),
+        (("--prompt", "x", "--steps", "5000"), 1, ["1000 steps", "not 5000"]),
+        (("--prompt", "x", "--height", "20"), 1, ["multiples of 8", "16"]),
         (("--prompt", "x", "--backend", "abacus"), 2, ["abacus"]),
         (("--prompt", "x", "--scheduler", "magic"), 2, ["magic"]),
         (("--prompt", "x", "--prompt", "y", "--output", "a.png"), 2, ["2 pictures"]),
         (("--prompts-file", "none.txt"), 2, ["none.txt"]),
+        (("--prompt", "x", "--json", "a.json"), 2, ["--json", "without --compare"]),
+        (("--prompt", "x", "--compare", "--num-images", "2"), 2, ["--num-images", "with"]),
+        (("--prompt", "x", "--base", "y"), 1, ["leave out --base"]),
         (("--prompt", "x", "--output", "/proc/none"), 1, ["/proc/none"]),
         (("--prompt", "x", "--max-decode-batch", "1"), 1, ["max_decode_batch"]),
     ],
@@ -179,10 +184,30 @@ def test_missing_and_corrupt_checkpoints(run, tmp_path):
     assert_one_sentence(run("--prompt", "x", ckpt="sd.ckpt"), 1, "pickle")
 
 
+def test_mistakes_are_found_before_engines_are_built(run, tmp_path):
+    for arguments in (("--stride", "11"), ("--height", "20"), ("--key-calls", "3")):
+        assert run("--prompt", "x", *arguments, engines=tmp_path / "new").exit_code == 1
+    assert run("--dry-run", engines=tmp_path / "new").exit_code == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_prompts_that_are_not_text(run, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Grün".encode("latin-1"))
+    assert_one_sentence(run("--prompts-file", "latin.txt"), 2, "not UTF-8")
+
+
+def test_an_engine_folder_without_its_manifest(run, engine_folder, tmp_path):
+    copied = shutil.copytree(engine_folder, tmp_path / "engine")
+    (copied / "manifest.json").unlink()
+    assert_one_sentence(run("--prompt", "x", engines=copied), 1, "holds no manifest.json")
+
+
 def test_an_edited_engine(run, engine_folder, tmp_path):
     copied = shutil.copytree(engine_folder, tmp_path / "engine")
     with (copied / "unet_decoder" / "model.onnx.data").open("r+b") as stream:
-        stream.write(b"\x01")
+        first = stream.read(1)
+        stream.seek(0)
+        stream.write(bytes([first[0] ^ 1]))
     result = run("--prompt", "x", ckpt=None, engines=copied)
     assert_one_sentence(result, 1, "model.onnx.data", "encache-export")
 
@@ -192,20 +217,22 @@ def test_a_disk_that_refuses(run, tmp_path, monkeypatch, number):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(images.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "replace", refuse)
     assert_one_sentence(run("--prompt", "x"), 1, os.strerror(number))
     assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_while_writing(tmp_path, monkeypatch):
-    # /dev/full accepts opening and refuses every byte, as a full disk does.
-    fdopen = os.fdopen
-    monkeypatch.setattr(
-        images.os, "fdopen", lambda *_: fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
-    )
-    with pytest.raises(OSError, match="No space left"):
-        save_png(Image.new("RGB", (64, 64)), tmp_path / "a.png", {})
+def test_a_full_disk(model_folder, engine_folder, tmp_path):
+    """A limit on file sizes stops writing in the middle, as a full disk does."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
+    ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    script = f"{limit}; {ignore}; from encache.runtime.cli import main; main()"
+    command = [sys.executable, "-c", script, "--ckpt", model_folder, "--prompt", "x"]
+    command += ["--engine-dir", engine_folder.parent, "--steps", "2", "--stride", "1"]
+    done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: File too large")
     assert not list(tmp_path.iterdir())
 
 

@@ -91,12 +91,20 @@ def test_two_pipelines_share_a_unet(pipeline):
     assert_close(latents(pipeline), latents(untouched), 1e-6)
 
 
-@torch.no_grad()
-def encoder_propagation(pipeline, key_calls, steps, guidance_scale=7.5):
-    """Faster Diffusion stated directly: one call after the other, one guidance branch at a time.
+def mix(weights, outputs):
+    """Weighted sum of tensors, or of tuples of tensors."""
+    if isinstance(outputs[0], torch.Tensor):
+        return sum(weight * output for weight, output in zip(weights, outputs, strict=True))
+    return tuple(mix(weights, parts) for parts in zip(*outputs, strict=True))
 
-    At a key call the UNet runs whole and its encoder's outputs are kept; at any other call the
-    encoder's outputs are replaced by the kept ones. Done by hooks on the blocks of the UNet.
+
+@torch.no_grad()
+def encoder_propagation(pipeline, key_calls, order, steps, guidance_scale=7.5):
+    """Encoder propagation stated directly: one call after the other, one branch at a time.
+
+    At a key call the whole UNet runs and its encoder's outputs are kept. At any other call hooks
+    replace the encoder's outputs: by the last ones (order 0, Faster Diffusion), or by the straight
+    line through the last two (order 1).
     """
     unet, scheduler = pipeline.unet, pipeline.scheduler
     text = [pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in ("", "red apple")]
@@ -104,22 +112,34 @@ def encoder_propagation(pipeline, key_calls, steps, guidance_scale=7.5):
     sample = torch.randn((1, 4, 8, 8), generator=generator()) * scheduler.init_noise_sigma
     blocks = {"conv_in": unet.conv_in, "mid": unet.mid_block}
     blocks |= {f"down{index}": block for index, block in enumerate(unet.down_blocks)}
-    kept = [{}, {}]
+    kept = [{name: [] for name in blocks} for _ in text]
+    passed = []
     for call, timestep in enumerate(scheduler.timesteps):
+        key = call in key_calls
+        passed += [call] if key else []
+
+        weights = [1.0]
+        if order and len(passed) > 1:
+            ahead = (call - passed[-1]) / (passed[-1] - passed[-2])
+            weights = [-ahead, 1 + ahead]
+
+        def keep_or_replace(outputs, key=key, weights=weights):
+            def hook(module, arguments, output):
+                if key:
+                    outputs.append(output)
+                    return output
+                return mix(weights, outputs[-len(weights) :])
+
+            return hook
+
         model_input = scheduler.scale_model_input(sample, timestep)
         noises = []
-        for branch in range(2):
-
-            def hook(name, branch=branch, key=call in key_calls):
-                def keep_or_replace(module, arguments, output):
-                    if key:
-                        kept[branch][name] = output
-                    return kept[branch][name]
-
-                return keep_or_replace
-
-            handles = [block.register_forward_hook(hook(name)) for name, block in blocks.items()]
-            noises.append(unet(model_input, timestep, text[branch]).sample)
+        for embeds, outputs in zip(text, kept, strict=True):
+            handles = [
+                block.register_forward_hook(keep_or_replace(outputs[name]))
+                for name, block in blocks.items()
+            ]
+            noises.append(unet(model_input, timestep, embeds).sample)
             for handle in handles:
                 handle.remove()
         noise = noises[0] + guidance_scale * (noises[1] - noises[0])
@@ -127,11 +147,12 @@ def encoder_propagation(pipeline, key_calls, steps, guidance_scale=7.5):
     return sample
 
 
+@pytest.mark.parametrize(("blend", "order"), [("reuse", 0), ("extrapolate", 1)])
 @pytest.mark.parametrize("key_calls", [PAPER_KEY_CALLS[50], tuple(range(0, 50, 5))])
-def test_reuse_equals_encoder_propagation(pipeline, key_calls):
+def test_blends_equal_encoder_propagation(pipeline, key_calls, blend, order):
     ours = EncachePipeline.from_pipe(pipeline, "mid")
-    expected = encoder_propagation(pipeline, key_calls, 50)
-    actual = latents(ours, num_inference_steps=50, key_calls=key_calls, blend="reuse")
+    expected = encoder_propagation(pipeline, key_calls, order, 50)
+    actual = latents(ours, num_inference_steps=50, key_calls=key_calls, blend=blend)
     assert_close(actual, expected)
     assert not torch.allclose(actual, latents(pipeline, num_inference_steps=50), atol=1e-3)
 
@@ -240,13 +261,13 @@ def test_a_callback_may_not_replace_the_latents(pipeline):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"height": 20}, "try 16 x 16"),
+        ({"height": 20}, "try 16"),
         ({"prompt": None}, "either prompt or prompt_embeds"),
         ({"negative_prompt": ["a", "b"]}, "1 prompts and 2 negative"),
         ({"generator": [generator()] * 3}, "3 generators"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, "latents must be"),
         ({"stride": 11}, "between 1 and the 10 calls"),
-        ({"num_inference_steps": 0}, "at least 1 step"),
+        ({"num_inference_steps": 0}, "between 1 and 1000 steps"),
     ],
 )
 def test_arguments_that_cannot_be_honoured(pipeline, arguments, reason):

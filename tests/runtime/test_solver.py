@@ -93,10 +93,10 @@ def test_stochastic_and_clipping_schedulers_are_refused(scheduler):
 
 
 def test_steps_of_zero_and_too_many():
-    with pytest.raises(PlanError, match="at least 1 step"):
-        probe_solver(solver("ddim"), 0)
-    with pytest.raises(PlanError, match="refuses 2000 steps"):
-        probe_solver(solver("ddim"), 2000)
+    for name in NAMES:
+        for steps in (0, -1, 2000):
+            with pytest.raises(PlanError, match="between 1 and 1000 steps"):
+                probe_solver(solver(name), steps)
 
 
 def test_unknown_scheduler():

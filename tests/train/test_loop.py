@@ -76,6 +76,30 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[99] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "another model"])
+def test_a_foreign_checkpoint_is_refused(tmp_path, damage):
+    path = tmp_path / "run.pt"
+    model, terms = problem()
+    fit(model, terms, RECIPE, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        model = nn.Linear(5, 5)
+    with pytest.raises(EncacheError, match="Delete it to start over"):
+        fit(model, terms, RECIPE, path)
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(EncacheError, match="free some space"):
+        fit(*problem(), RECIPE, tmp_path / "run.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_half_written_checkpoint(tmp_path):
     model, terms = problem()
     fit(model, terms, RECIPE, tmp_path / "run.pt")
