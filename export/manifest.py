@@ -50,7 +50,7 @@ class Identity:
 def identify(checkpoint: Checkpoint, cut: Cut, dtype: str, backend: str) -> Identity:
     """The identity of the engines that this machine would build."""
     tools = " ".join(f"{name} {version(name).split('+')[0]}" for name in _TOOLS)
-    return Identity(checkpoint.fingerprint(), cut, dtype, backend, tools)
+    return Identity(checkpoint.fingerprint, cut, dtype, backend, tools)
 
 
 @dataclass(frozen=True)

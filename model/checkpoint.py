@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,7 @@ class Checkpoint:
         if self.weights:
             yield self.weights
 
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over the contents and names of `files`: equal for equal models, wherever."""
         total = hashlib.sha256()

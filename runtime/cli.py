@@ -205,7 +205,7 @@ def main(
         "scheduler": {**solver.config, "_class_name": type(solver).__name__},
         "plan": plan.hash(),
         "model": source.name if source else engine_dir.name,
-        "fingerprint": source.fingerprint() if source else pipeline.engines.identity["model"],
+        "fingerprint": source.fingerprint if source else pipeline.engines.identity["model"],
         "engines": pipeline.engines.identity,
         "encache": __version__,
     }

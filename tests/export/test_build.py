@@ -56,7 +56,7 @@ def test_folder_layout(engine_folder):
 def test_manifest_records_identity_and_parity(engine_folder, model_folder):
     read = read_manifest(engine_folder)
     assert engine_folder.name == f"tiny-{read.identity.key}"
-    assert read.identity.model == find_checkpoint(model_folder).fingerprint()
+    assert read.identity.model == find_checkpoint(model_folder).fingerprint
     assert set(read.parity) == {"unet_encoder", "unet_decoder", "text_encoder", "vae_decoder"}
     assert all(0 < error <= 1e-5 for error in read.parity.values())
 

@@ -58,12 +58,12 @@ def test_default_model_loads():
 
 def test_fingerprint_follows_content_not_place(model_folder, tmp_path):
     copy = shutil.copytree(model_folder, tmp_path / "copy")
-    original = find_checkpoint(model_folder).fingerprint()
-    assert find_checkpoint(copy).fingerprint() == original
+    original = find_checkpoint(model_folder).fingerprint
+    assert find_checkpoint(copy).fingerprint == original
     weights = load_file(copy / "unet" / "diffusion_pytorch_model.safetensors")
     weights["conv_in.bias"][0] += 1
     save_file(weights, copy / "unet" / "diffusion_pytorch_model.safetensors")
-    assert find_checkpoint(copy).fingerprint() != original
+    assert find_checkpoint(copy).fingerprint != original
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "bin"])
