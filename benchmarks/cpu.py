@@ -79,7 +79,9 @@ def make_sd15_shape(folder: Path) -> Checkpoint:
     return find_checkpoint(folder)
 
 
-def timed_image(pipeline: EncachePipeline, stride: int, size: int, seed: int) -> dict:
+def timed_image(
+    pipeline: EncachePipeline, stride: int, size: int, seed: int, steps: int = STEPS
+) -> dict:
     """Seconds of one image, in all and inside each part of the engines."""
     timed = TimedEngines(pipeline.engines)
     original, pipeline.engines = pipeline.engines, timed
@@ -88,7 +90,7 @@ def timed_image(pipeline: EncachePipeline, stride: int, size: int, seed: int) ->
         "red apple",
         height=size,
         width=size,
-        num_inference_steps=STEPS,
+        num_inference_steps=steps,
         stride=stride,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -110,7 +112,7 @@ def measure(checkpoint: Checkpoint, cut: str, size: int, repeats: int, engine_di
         f"torch stride {STRIDE}": (eager, STRIDE),
     }
     for pipeline, stride in ways.values():
-        timed_image(pipeline, stride, size, seed=0)
+        timed_image(pipeline, stride, size, seed=0, steps=2 * stride)
     runs = {name: [] for name in ways}
     for seed in range(repeats):
         for name, (pipeline, stride) in ways.items():

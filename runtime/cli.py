@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.solver import Scheduler
 
+GUIDANCE_SCALE = 7.5
+#: It knows one picture per name, so there is little to guide, and strong guidance magnifies errors.
+DEFAULT_MODEL_GUIDANCE_SCALE = 2.0
+
 
 def _parse_key_calls(
     context: click.Context, parameter: click.Parameter, value: str | None
@@ -67,7 +71,12 @@ def _parse_key_calls(
     show_default=True,
 )
 @click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help=f"1 or less turns it off. Default: {GUIDANCE_SCALE}, and {DEFAULT_MODEL_GUIDANCE_SCALE} "
+    "for the model that ships with encache.",
+)
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first image."
 )
@@ -126,7 +135,7 @@ def main(
     prior_noise: bool,
     steps: int,
     scheduler: str | None,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
     num_images: int,
     height: int | None,
@@ -179,6 +188,9 @@ def main(
         "prior_noise": prior_noise,
         "max_decode_batch": max_decode_batch,
     }
+    if guidance_scale is None:
+        shipped = ckpt is None and not one_folder
+        guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
     rows_per_call = (1 if comparing else num_images) * (2 if guidance_scale > 1 else 1)
     plan = make_plan(solver, steps, **policy, rows_per_call=rows_per_call)
     if dry_run:
