@@ -1,5 +1,6 @@
 """The recipe of the default model, from the emoji package to a diffusers folder."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,14 @@ def train_default_model(
     samples = [names[0] for names in captions[:: max(1, len(captions) // 32)]][:32]
     grid = sample_grid(pipeline, samples, columns=8)
     pipeline.to(torch.float16).save_pretrained(output)
+    _load_in_float32(output / "text_encoder" / "config.json")
     grid.save(output / "samples.png")
     return pipeline.to(torch.float32)
+
+
+def _load_in_float32(config: Path) -> None:
+    """Let transformers open the fp16 weights in float32 by default, as diffusers opens its own."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2))
 
 
 def sample_grid(
