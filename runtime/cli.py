@@ -178,7 +178,9 @@ def main(
     folder = source.folder if source else engine_dir
     if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
         pipeline = _open(source, cut, dtype, backend, engine_dir)
-    solver = pipeline.scheduler if pipeline else _read_scheduler(folder)
+        solver = pipeline.scheduler
+    else:
+        solver = _read_scheduler(folder)
     if scheduler:
         solver = make_scheduler(scheduler, solver)
     policy: dict[str, Any] = {

@@ -1,7 +1,6 @@
 """What a backend does for the sampler, and the PyTorch backend that the others are held against."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class Engines(AbstractContextManager["Engines"], Protocol):
+class Engines(Protocol):
     """An engine pair with its text encoder and image decoder.
 
     The ring belongs to one generation: a tensor [M, B, C, h', w'] per feature, allocated once,
@@ -70,7 +69,7 @@ def allocate_ring(
     ]
 
 
-class TorchEngines(AbstractContextManager["TorchEngines"]):
+class TorchEngines:
     """The halves run by PyTorch, straight from the pipeline's own modules."""
 
     name = "torch"
@@ -79,15 +78,16 @@ class TorchEngines(AbstractContextManager["TorchEngines"]):
         from encache.model.split import SplitUNet
 
         split = SplitUNet(pipeline.unet, cut)
-        self.identity = {"backend": self.name, "cut": cut, "dtype": str(pipeline.unet.dtype)}
+        self.identity: Mapping[str, Any] = {
+            "backend": self.name,
+            "cut": cut,
+            "dtype": str(pipeline.unet.dtype),
+        }
         self.features = split.features
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
         self._split = split
         self._pipeline = pipeline
-
-    def __exit__(self, *exception: object) -> None:
-        """Nothing to release: the modules belong to the pipeline."""
 
     @torch.inference_mode()
     def encode(

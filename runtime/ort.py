@@ -1,9 +1,9 @@
 """The ONNX Runtime backend: every tensor stays where torch put it, nothing is copied."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -21,13 +21,16 @@ _NUMPY = {
 }
 
 
-class OrtEngines(AbstractContextManager["OrtEngines"]):
+class OrtEngines:
     """The four graphs of an engine folder as ONNX Runtime sessions."""
 
     name = "onnxruntime"
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.identity = {"key": manifest.identity.key, **asdict(manifest.identity)}
+        self.identity: Mapping[str, Any] = {
+            "key": manifest.identity.key,
+            **asdict(manifest.identity),
+        }
         self.features = manifest.features
         self.spec = manifest.spec
         self.dtype = TORCH_DTYPES[manifest.identity.dtype]
@@ -37,10 +40,6 @@ class OrtEngines(AbstractContextManager["OrtEngines"]):
         self._decoder = _open_session(folder, manifest, "unet_decoder")
         self._text_encoder = _open_session(folder, manifest, "text_encoder")
         self._vae_decoder = _open_session(folder, manifest, "vae_decoder")
-
-    def __exit__(self, *exception: object) -> None:
-        """Release the sessions and their memory."""
-        del self._encoder, self._decoder, self._text_encoder, self._vae_decoder
 
     def encode(
         self, latents: Tensor, timestep: Tensor, text: Tensor, ring: Sequence[Tensor], slot: int

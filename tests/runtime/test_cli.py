@@ -12,6 +12,8 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from encache.runtime import files
@@ -173,6 +175,21 @@ def test_one_engine_folder_has_decided(run, engine_folder, options):
 def test_mistakes(run, tmp_path, arguments, code, words):
     assert_one_sentence(run(*arguments), code, *words)
     assert not list(tmp_path.rglob("*.png"))
+
+
+words = st.sampled_from(
+    ["--stride", "--steps", "--key-calls", "--blend", "--scheduler", "--guidance-scale", "--height"]
+    + ["--max-decode-batch", "--prior-noise", "--seed", "--num-images", "0", "1", "5", "-3", "1e9"]
+    + ["0,5", "5,0", "0,,1", "paper", "reuse", "interpolate", "heun", "nan", "", "é"]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(words=st.lists(words, max_size=8))
+def test_no_command_line_ends_in_a_traceback(run, words):
+    result = run("--dry-run", *words)
+    assert result.exit_code in (0, 1, 2)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
 def test_missing_and_corrupt_checkpoints(run, tmp_path):
