@@ -177,10 +177,33 @@ def test_mistakes(run, tmp_path, arguments, code, words):
     assert not list(tmp_path.rglob("*.png"))
 
 
-WORDS = (
-    "--stride --steps --key-calls --blend --scheduler --guidance-scale --height --max-decode-batch "
-    "--prior-noise --seed --num-images 0 1 5 -3 1e9 0,5 5,0 0,,1 paper reuse interpolate heun nan é"
-).split()  # noqa: SIM905  (one word per line would fill a screen)
+WORDS = [
+    "--stride",
+    "--steps",
+    "--key-calls",
+    "--blend",
+    "--scheduler",
+    "--guidance-scale",
+    "--height",
+    "--max-decode-batch",
+    "--prior-noise",
+    "--seed",
+    "--num-images",
+    "0",
+    "1",
+    "5",
+    "-3",
+    "1e9",
+    "0,5",
+    "5,0",
+    "0,,1",
+    "paper",
+    "reuse",
+    "interpolate",
+    "heun",
+    "nan",
+    "é",
+]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
