@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emoji-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/default_model.json"))
-    parser.add_argument("--grid", type=Path, default=Path("model/emoji/samples.png"))
+    parser.add_argument("--grid", type=Path, default=Path("docs/samples.png"))
     options = parser.parse_args()
     concepts = read_emoji(options.emoji_dir, CONCEPT_CATEGORIES)
     prompts = [concept.captions[0] for concept in concepts]
@@ -80,8 +80,8 @@ def main() -> None:
         report["recognised"][f"stride {stride}"] = {
             f"nearest {count}": recognised(pictures, real, count) for count in (1, 5)
         }
-        if stride == 1:
-            grid(pictures).save(options.grid)
+        if stride == 5:
+            grid(pictures).quantize(256).save(options.grid, optimize=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["recognised"], indent=1))
 
