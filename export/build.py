@@ -53,7 +53,7 @@ class Request:
 
     @cached_property
     def identity(self) -> Identity:
-        """Hashes the checkpoint, which takes about a second per 2 GB."""
+        """Hashes the checkpoint, which takes about 0.7 s per GB."""
         return identify(self.checkpoint, self.cut, self.dtype, self.backend)
 
     @property

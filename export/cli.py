@@ -6,26 +6,14 @@ from pathlib import Path
 import click
 
 from encache.command import Command
-from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
+from encache.export.build import BACKENDS, Request, build_engines, find_engines
+from encache.export.options import engine_options
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import CUTS, Cut
+from encache.model.features import Cut
 
 
 @click.command(cls=Command)
-@click.option(
-    "--ckpt",
-    help="diffusers folder, hub id, single-file or UNet-only .safetensors. "
-    "Default: the model that ships with encache.",
-)
-@click.option("--base", help="diffusers folder or hub id that completes a .safetensors file.")
-@click.option(
-    "--cut",
-    type=click.Choice(CUTS),
-    default="up2",
-    show_default=True,
-    help="Where the UNet is cut; a later cut caches more of it.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
+@engine_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
 @click.option(
     "--engine-dir",

@@ -11,10 +11,11 @@ from click.core import ParameterSource
 
 from encache import __version__
 from encache.command import Command
-from encache.export.build import BACKENDS, DTYPES, Request, build_engines, find_engines
+from encache.export.build import BACKENDS, Request, build_engines, find_engines
 from encache.export.manifest import MANIFEST, read_manifest
+from encache.export.options import engine_options
 from encache.model.checkpoint import Checkpoint, find_checkpoint
-from encache.model.features import CUTS, Cut
+from encache.model.features import Cut
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
@@ -30,8 +31,10 @@ DEFAULT_MODEL_GUIDANCE_SCALE = 2.0
 def _parse_key_calls(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, ...] | Literal["paper"] | None:
-    if value is None or value == "paper":
-        return None if value is None else "paper"
+    if value is None:
+        return None
+    if value == "paper":
+        return "paper"
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -90,13 +93,7 @@ def _parse_key_calls(
     type=click.IntRange(1),
     help="Most rows (calls x images x guidance) in one decoder run; bounds memory.",
 )
-@click.option(
-    "--ckpt",
-    help="diffusers folder, hub id, or .safetensors. Default: the model that ships with encache.",
-)
-@click.option("--base", help="diffusers folder or hub id that completes a .safetensors file.")
-@click.option("--cut", type=click.Choice(CUTS), default="up2", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
+@engine_options
 @click.option(
     "--backend",
     type=click.Choice(("torch", *BACKENDS)),

@@ -1,0 +1,33 @@
+"""The options by which `encache-export` and `encache-run` name the same engines."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from encache.export.build import DTYPES
+from encache.model.features import CUTS
+
+_OPTIONS = (
+    click.option(
+        "--ckpt",
+        help="diffusers folder, hub id, single-file or UNet-only .safetensors. "
+        "Default: the model that ships with encache.",
+    ),
+    click.option("--base", help="diffusers folder or hub id that completes a .safetensors file."),
+    click.option(
+        "--cut",
+        type=click.Choice(CUTS),
+        default="up2",
+        show_default=True,
+        help="Where the UNet is cut; a later cut caches more of it.",
+    ),
+    click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True),
+)
+
+
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --ckpt, --base, --cut and --dtype to a command, in this order."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
