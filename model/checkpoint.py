@@ -27,6 +27,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
+#: The name by which a UNet's header refers to the model that ships with encache.
+DEFAULT_MODEL_NAME = "encache/emoji"
+
+
 def default_model() -> Path:
     """Folder of the model that ships with encache: 64x64 emoji."""
     return Path(str(files("encache.model"))) / "emoji"
@@ -56,6 +60,13 @@ class Checkpoint:
         if folder.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/hash
             return folder.parent.parent.name.split("--")[-1]
         return folder.name
+
+    @property
+    def base_name(self) -> str | None:
+        """What completes UNet weights made from this checkpoint; None when no folder is known."""
+        if self.folder == default_model():
+            return DEFAULT_MODEL_NAME
+        return str(self.folder.resolve()) if self.folder else None
 
     def files(self) -> Iterator[Path]:
         """Every file that determines an image, in a stable order."""
@@ -128,7 +139,7 @@ def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = No
             f"{path} holds a UNet alone and does not name its base. Add --base with the diffusers "
             "folder or hub id of the model it was trained from."
         )
-    default = base == "encache/emoji"
+    default = base == DEFAULT_MODEL_NAME
     return Checkpoint(_find_folder(default_model() if default else base), path, "unet")
 
 

@@ -37,7 +37,7 @@ class UNetEncoder(nn.Module):
 
         Args:
             latents: denoiser input [B, 4, h, w].
-            timestep: one timestep for the whole batch [1].
+            timestep: one timestep for the whole batch [1], or one each [B].
             text: text embeddings [B, L, D].
             added_text: SDXL's pooled text embeddings [B, P].
             time_ids: SDXL's sizes and crops [B, 6].
@@ -80,7 +80,7 @@ class UNetDecoder(nn.Module):
         Args:
             features: the last M key calls' features, each [M, B, C, h', w'].
             weights: the blend [K, M]; call k mixes sum_m weights[k, m] features[m].
-            timesteps: the calls' timesteps [K].
+            timesteps: the calls' timesteps [K], or one for every row [K, B].
             text: text embeddings [B, L, D].
             added_text: SDXL's pooled text embeddings [B, P].
             time_ids: SDXL's sizes and crops [B, 6].
@@ -93,7 +93,8 @@ class UNetDecoder(nn.Module):
         text = text.repeat(num_calls, 1, 1)
         if added_text is not None and time_ids is not None:
             added_text, time_ids = added_text.repeat(num_calls, 1), time_ids.repeat(num_calls, 1)
-        timesteps = timesteps[:, None].expand(num_calls, batch).flatten()
+        timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
+        timesteps = timesteps.expand(num_calls, batch).flatten()
         emb = _embed_time(self.unet, timesteps, text, added_text, time_ids)
         blocks = self.unet.up_blocks[self.num_up_blocks :]
         hidden, _ = _run_up_blocks(blocks, hidden, tuple(skips), emb, text)

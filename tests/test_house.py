@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ("model", "train", "export", "runtime")
+FLOORS = ("model", "train", "export", "runtime", "evaluate")
 MODULES = sorted(
     f"encache.{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}"
     for floor in FLOORS
@@ -20,6 +20,7 @@ BELOW = {
     "train": {"model"},
     "export": {"model"},
     "runtime": {"model", "export"},
+    "evaluate": {"model", "export", "runtime"},
 }
 
 

@@ -1,15 +1,14 @@
 """The default model's autoencoder: 64x64 pictures <-> 16x16x4 latents."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
-from encache.train.loop import Recipe, fit
+from encache.train.loop import Losses, Recipe, fit, step_generators
 
-RECIPE = Recipe(steps=2400, learning_rate=2e-3, weight_decay=1e-4, ema_decay=0.995)
+RECIPE = Recipe(steps=3000, learning_rate=2e-3, weight_decay=1e-4, ema_decay=0.995)
 BATCH_SIZE = 16
 #: Weight of the mean KL per latent element: enough noise that the decoder forgives small errors.
 KL_WEIGHT = 1e-3
@@ -30,27 +29,43 @@ def make_autoencoder() -> AutoencoderKL:
     )
 
 
+class Reconstruct(nn.Module):
+    """Picture -> noisy latents -> picture, as one forward pass."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images [B, 3, H, W] again, and the mean KL per latent element.
+
+        `noise` [B, 4, H/4, W/4] picks the latents from their posterior.
+        """
+        posterior = self.autoencoder.encode(images).latent_dist
+        decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
+        return decoded, posterior.kl().mean() / posterior.mean[0].numel()
+
+
 def train_autoencoder(
     images: Tensor, checkpoint: Path, recipe: Recipe = RECIPE, seed: int = 0
 ) -> AutoencoderKL:
     """Fit the autoencoder to images [N, 3, 64, 64] in [-1, 1]; its latents are standardised."""
     torch.manual_seed(seed)
     autoencoder = make_autoencoder().to(memory_format=torch.channels_last)
+    noise_shape = (BATCH_SIZE, 4, images.shape[2] // 4, images.shape[3] // 4)
 
-    def loss_terms(generator: torch.Generator) -> Mapping[str, Tensor]:
+    def compute_losses(model: nn.Module, generator: torch.Generator) -> Losses:
         chosen = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
-        batch = images[chosen].contiguous(memory_format=torch.channels_last)
-        posterior = autoencoder.encode(batch).latent_dist
-        decoded = autoencoder.decode(posterior.sample(generator)).sample
-        absolute = (decoded - batch).abs().mean()
-        squared = (decoded - batch).square().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return {"l1": absolute, "l2": squared, "kl": KL_WEIGHT * kl}
+        noise = torch.randn(noise_shape, generator=generator).to(autoencoder.device)
+        batch = images[chosen].to(autoencoder.device, memory_format=torch.channels_last)
+        decoded, kl = model(batch, noise)
+        error = decoded - batch
+        return Losses({"l1": error.abs().mean(), "l2": error.square().mean(), "kl": KL_WEIGHT * kl})
 
-    averaged = fit(autoencoder, loss_terms, recipe, checkpoint, seed)
-    assert isinstance(averaged, AutoencoderKL)
-    standardise(averaged, encode(averaged, images))
-    return averaged
+    fit(Reconstruct(autoencoder), step_generators(seed), compute_losses, recipe, checkpoint)
+    autoencoder.cpu()
+    standardise(autoencoder, encode(autoencoder, images))
+    return autoencoder
 
 
 @torch.no_grad()

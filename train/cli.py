@@ -1,10 +1,15 @@
-"""`encache-train`: train the default model from its public data."""
+"""`encache-train`: fine-tune with FCR, or train the default model from its public data."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from encache.command import Command
+from encache.model.features import CUTS, Cut
+
+#: diffusers' training scripts write their options with underscores.
+_NAMES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 
 
 @click.group()
@@ -26,7 +31,7 @@ def main() -> None:
 @click.option(
     "--emoji-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Unpacked emoji package, instead of fetching it with npm.",
+    help="Folder of the unpacked emoji packages. Default: fetched into --work-dir with npm.",
 )
 @click.option("--autoencoder-steps", type=click.IntRange(1), help="Default: the recipe's.")
 @click.option(
@@ -41,7 +46,7 @@ def emoji(
     max_train_steps: int | None,
     threads: int | None,
 ) -> None:
-    """Train the default model: Twemoji food, animals and plants, 64x64.
+    """Train the default model: food, animals and plants as emoji, 64x64.
 
     Example: encache-train emoji --output runs/emoji/model
     """
@@ -49,17 +54,245 @@ def emoji(
 
     from encache.train import autoencoder, denoiser
     from encache.train.default_model import train_default_model
-    from encache.train.emoji import fetch_package, verify_package
+    from encache.train.emoji import fetch_packages
 
     if threads:
         torch.set_num_threads(threads)
-    if emoji_dir:
-        verify_package(emoji_dir)
+    if emoji_dir is None:
+        emoji_dir = work_dir / "data"
+        fetch_packages(emoji_dir)
     train_default_model(
-        emoji_dir or fetch_package(work_dir),
+        emoji_dir,
         work_dir,
         output,
         autoencoder_steps or autoencoder.RECIPE.steps,
         max_train_steps or denoiser.RECIPE.steps,
     )
     click.echo(output)
+
+
+@main.command(cls=Command, context_settings=_NAMES)
+@click.option(
+    "--pretrained-model-name-or-path",
+    "pretrained",
+    help="diffusers folder, hub id or .safetensors file. Default: the model that ships with "
+    "encache.",
+)
+@click.option("--base", help="diffusers folder or hub id that completes a .safetensors file.")
+@click.option(
+    "--train-data-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Pictures with metadata.jsonl, .tar shards of img2dataset, or the emoji packages.",
+)
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
+@click.option("--cut", type=click.Choice(CUTS), default="up2", show_default=True)
+@click.option(
+    "--fcr-weight",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    help="lambda; 0 is plain fine-tuning.",
+)
+@click.option(
+    "--fcr-delta-max", type=click.IntRange(1), help="D_max in training timesteps. Default: 10."
+)
+@click.option(
+    "--fcr-stride",
+    type=click.IntRange(1),
+    help="D_max as this many sampling calls, instead of --fcr-delta-max.",
+)
+@click.option(
+    "--fcr-steps",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Sampling steps that --fcr-stride counts in.",
+)
+@click.option(
+    "--fcr-form", type=click.Choice(("raw", "relative")), default="raw", show_default=True
+)
+@click.option(
+    "--fcr-stop-grad",
+    type=click.Choice(("none", "older", "newer")),
+    default="none",
+    show_default=True,
+    help="Side of a pair that is held still; the older is the noisier.",
+)
+@click.option("--resolution", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option("--random-flip", is_flag=True, help="Mirror half of the pictures.")
+@click.option(
+    "--proportion-empty-prompts", type=click.FloatRange(0, 1), default=0.1, show_default=True
+)
+@click.option("--train-batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--gradient-accumulation-steps", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--max-train-steps", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(0), default=1e-5, show_default=True)
+@click.option(
+    "--lr-scheduler",
+    type=click.Choice(("constant", "linear", "cosine")),
+    default="constant",
+    show_default=True,
+)
+@click.option("--lr-warmup-steps", type=click.IntRange(0), default=100, show_default=True)
+@click.option("--adam-weight-decay", type=click.FloatRange(0), default=1e-2, show_default=True)
+@click.option("--use-8bit-adam", is_flag=True, help="Needs bitsandbytes and a CUDA GPU.")
+@click.option("--max-grad-norm", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("--snr-gamma", type=click.FloatRange(0), help="min-SNR weighting; 5 is usual.")
+@click.option(
+    "--ema-decay",
+    type=click.FloatRange(0, 1),
+    default=0.999,
+    show_default=True,
+    help="Of the averaged weights that are written; 0 writes the last ones.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Train a LoRA of this rank on the attentions; 0 trains the whole UNet.",
+)
+@click.option("--gradient-checkpointing", is_flag=True)
+@click.option(
+    "--mixed-precision",
+    type=click.Choice(("no", "fp16", "bf16")),
+    default="no",
+    show_default=True,
+)
+@click.option("--checkpointing-steps", type=click.IntRange(1), default=250, show_default=True)
+@click.option(
+    "--resume-from-checkpoint",
+    type=click.Choice(("latest", "never")),
+    default="latest",
+    show_default=True,
+    help="Whether to go on from the checkpoint in --output-dir.",
+)
+@click.option(
+    "--report-to",
+    type=click.Choice(("tensorboard", "none")),
+    default="tensorboard",
+    show_default=True,
+)
+@click.option("--validation-prompt", multiple=True, help="Drawn every --validation-steps.")
+@click.option("--validation-steps", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--dataloader-num-workers", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
+def fcr(
+    pretrained: str | None,
+    base: str | None,
+    train_data_dir: Path,
+    output_dir: Path,
+    cut: Cut,
+    fcr_weight: float,
+    fcr_delta_max: int | None,
+    fcr_stride: int | None,
+    fcr_steps: int,
+    fcr_form: Literal["raw", "relative"],
+    fcr_stop_grad: Literal["none", "older", "newer"],
+    resolution: int | None,
+    random_flip: bool,
+    proportion_empty_prompts: float,
+    train_batch_size: int,
+    gradient_accumulation_steps: int,
+    max_train_steps: int,
+    learning_rate: float,
+    lr_scheduler: Literal["constant", "linear", "cosine"],
+    lr_warmup_steps: int,
+    adam_weight_decay: float,
+    use_8bit_adam: bool,
+    max_grad_norm: float,
+    snr_gamma: float | None,
+    ema_decay: float,
+    rank: int,
+    gradient_checkpointing: bool,
+    mixed_precision: str,
+    checkpointing_steps: int,
+    resume_from_checkpoint: str,
+    report_to: str,
+    validation_prompt: tuple[str, ...],
+    validation_steps: int,
+    dataloader_num_workers: int,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Fine-tune a UNet so that its encoder may be skipped for longer (FCR).
+
+    Minimises L_denoise + lambda ||Enc(x_t) - Enc(x_{t-D})||^2 with D drawn from 1 to D_max, over
+    the features that cross --cut. Writes fcr.safetensors, which encache-export --ckpt takes.
+    `accelerate launch -m encache.train.cli fcr ...` runs it on several devices.
+
+    Example: encache-train fcr --train-data-dir pictures --fcr-stride 10 --output-dir runs/fcr
+    """
+    if fcr_stride and fcr_delta_max:
+        raise click.UsageError("Give either --fcr-delta-max or --fcr-stride.")
+
+    import torch
+    from accelerate import Accelerator
+
+    from encache.model.checkpoint import find_checkpoint, load_pipeline
+    from encache.train.data import open_pictures
+    from encache.train.fcr import FCR
+    from encache.train.finetune import Run, fine_tune
+    from encache.train.loop import Recipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = find_checkpoint(pretrained, base)
+    pictures = open_pictures(train_data_dir)
+    if pictures.num_without_caption:
+        click.echo(f"{pictures.num_without_caption} pictures have no caption: skipped.", err=True)
+    if resume_from_checkpoint == "never":
+        (output_dir / "checkpoint.pt").unlink(missing_ok=True)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=output_dir / "logs",
+        )
+    except ValueError as error:
+        raise click.UsageError(f"--mixed-precision {mixed_precision}: {error}") from error
+    pipeline = load_pipeline(checkpoint)
+    delta_max = fcr_delta_max or 10
+    if fcr_stride:
+        delta_max = fcr_stride * len(pipeline.scheduler.alphas_cumprod) // fcr_steps
+    path = fine_tune(
+        checkpoint,
+        pipeline,
+        pictures,
+        FCR(fcr_weight, delta_max, fcr_form, fcr_stop_grad, cut, snr_gamma),
+        Run(
+            output=output_dir,
+            recipe=Recipe(
+                steps=max_train_steps,
+                learning_rate=learning_rate,
+                warmup=lr_warmup_steps,
+                schedule=lr_scheduler,
+                decay_fraction=1.0,
+                weight_decay=adam_weight_decay,
+                ema_decay=ema_decay,
+                gradient_clip=max_grad_norm,
+                accumulation=gradient_accumulation_steps,
+                checkpoint_every=checkpointing_steps,
+                use_8bit_adam=use_8bit_adam,
+            ),
+            batch_size=train_batch_size,
+            resolution=resolution,
+            caption_dropout=proportion_empty_prompts,
+            flip=random_flip,
+            lora_rank=rank,
+            gradient_checkpointing=gradient_checkpointing,
+            validation_prompts=validation_prompt,
+            validation_every=validation_steps,
+            num_workers=dataloader_num_workers,
+            seed=seed,
+        ),
+        accelerator,
+    )
+    if accelerator.is_main_process:
+        click.echo(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """The default model's UNet and text encoder, learned together on precomputed latents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +9,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from encache.train.loop import Recipe, fit
+from encache.train.diffusion import add_noise, min_snr_weight
+from encache.train.loop import Losses, Recipe, fit, step_generators
 from encache.train.text import MAX_TOKENS, make_text_encoder
 
-RECIPE = Recipe(steps=6000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
+RECIPE = Recipe(steps=8000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
 BATCH_SIZE = 32
 #: Share of captions replaced by "", which classifier-free guidance needs.
 CAPTION_DROPOUT = 0.1
@@ -84,19 +85,21 @@ def train_denoiser(
     empty = tokenize(tokenizer, [""])[0]
     alphas_cumprod = make_scheduler().alphas_cumprod
 
-    def loss_terms(generator: torch.Generator) -> Mapping[str, Tensor]:
+    def compute_losses(module: nn.Module, generator: torch.Generator) -> Losses:
         chosen = torch.randint(len(data.latents), (BATCH_SIZE,), generator=generator)
         ids = torch.stack([_draw_caption(token_ids[i], empty, generator) for i in chosen.tolist()])
         timesteps = torch.randint(len(alphas_cumprod), (BATCH_SIZE,), generator=generator)
         clean = data.latents[chosen].contiguous(memory_format=torch.channels_last)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = add_noise(clean, noise, alphas_cumprod[timesteps])
-        predicted = model(noisy, timesteps, ids)
-        return {"denoise": denoising_loss(predicted, noise, alphas_cumprod[timesteps])}
+        device = model.unet.device
+        predicted = module(noisy.to(device), timesteps.to(device), ids.to(device))
+        squared = (predicted - noise.to(device)).square().mean(dim=(1, 2, 3))
+        weight = min_snr_weight(alphas_cumprod[timesteps], MIN_SNR_GAMMA).to(device)
+        return Losses({"denoise": (weight * squared).mean()})
 
-    averaged = fit(model, loss_terms, recipe, checkpoint, seed)
-    assert isinstance(averaged, TextToNoise)
-    return averaged
+    fit(model, step_generators(seed), compute_losses, recipe, checkpoint)
+    return model.cpu()
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
@@ -108,19 +111,6 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
-
-
-def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, with alpha_bar [B]."""
-    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
-    return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
-
-
-def denoising_loss(predicted: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Mean of min(SNR, gamma) / SNR * ||eps_theta - eps||^2 (Hang et al., arXiv 2303.09556)."""
-    snr = alpha_bar / (1 - alpha_bar)
-    weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
-    return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
 def _draw_caption(captions: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:

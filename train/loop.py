@@ -1,133 +1,275 @@
-"""The one training loop: any model, any sum of loss terms, exact resume."""
+"""The one training loop: any model, any sum of loss terms, any devices, exact resume.
 
-import copy
+Nothing random survives a step: whoever makes the batches draws them from `generator_of`, so step
+k sees the same numbers in a resumed run, with several processes, and with gradient accumulation.
+"""
+
+import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from encache.errors import EncacheError
 
-#: Draws its own batch with the generator and returns the terms whose sum is minimised.
-LossTerms = Callable[[torch.Generator], Mapping[str, Tensor]]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars of one batch: the sum of `terms` is minimised, `watched` is only logged."""
+
+    terms: Mapping[str, Tensor]
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How long and how fast to learn.
 
-    The learning rate warms up over `warmup` steps, stays, and falls linearly to zero over the last
+    The learning rate warms up over `warmup` steps, stays, and falls to zero over the last
     `decay_fraction` of `steps`, so a run may be prolonged from any checkpoint before the fall.
+
+    Attributes:
+        schedule: how it falls; "constant" never does.
+        ema_decay: of the averaged weights; 0 keeps the last ones.
+        accumulation: batches per step.
     """
 
     steps: int
     learning_rate: float
     warmup: int = 200
+    schedule: Schedule = "linear"
     decay_fraction: float = 0.25
     weight_decay: float = 0.0
     ema_decay: float = 0.999
     gradient_clip: float = 1.0
+    accumulation: int = 1
     checkpoint_every: int = 250
+    use_8bit_adam: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step with this index."""
-        rise = (step + 1) / max(self.warmup, 1)
-        fall = (self.steps - step) / max(self.decay_fraction * self.steps, 1)
-        return self.learning_rate * min(1.0, rise, fall)
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        left = min(1.0, (self.steps - step) / max(self.decay_fraction * self.steps, 1))
+        fall = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+        return self.learning_rate * min(rise, fall[self.schedule])
+
+    def ema_decay_at(self, step: int) -> float:
+        """Small at first, so that the average forgets the start."""
+        return min(self.ema_decay, (step + 1) / (step + 10))
+
+
+#: Yields the batches of one process from the given step on, `accumulation` for every step.
+Batches = Callable[[int], Iterator[Any]]
+#: Told of every step: its index, the mean losses over all processes, and the averaged weights.
+OnStep = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
+
+
+def generator_of(*coordinates: int) -> torch.Generator:
+    """The random numbers of one place in a run, such as (seed, step), each below 2**32."""
+    # torch keeps 32 bits of a seed, so the coordinates must be mixed, not packed.
+    mixed = np.random.SeedSequence(coordinates).generate_state(1).item()
+    return torch.Generator().manual_seed(mixed)
+
+
+def step_generators(seed: int = 0) -> Batches:
+    """Batches for losses that draw their own data: the bare generators."""
+
+    def generators(start: int) -> Iterator[torch.Generator]:
+        while True:
+            yield generator_of(seed, start)
+            start += 1
+
+    return generators
 
 
 def fit(
-    model: nn.Module, loss_terms: LossTerms, recipe: Recipe, checkpoint: Path, seed: int = 0
-) -> nn.Module:
-    """Minimise the sum of `loss_terms` over the parameters of `model`; return the averaged copy.
+    model: nn.Module,
+    batches: Batches,
+    compute_losses: Callable[[nn.Module, Any], Losses],
+    recipe: Recipe,
+    checkpoint: Path,
+    *,
+    accelerator: Accelerator | None = None,
+    identity: str = "",
+    on_step: OnStep | None = None,
+) -> None:
+    """Minimise the losses over the trainable parameters of `model`; leave the average in it.
 
-    `checkpoint` holds everything that the next step depends on; when it exists the run goes on
-    from it and ends with the same weights as an uninterrupted one.
+    Args:
+        model: moved to the accelerator's device.
+        batches: see `Batches`.
+        compute_losses: of the model (as prepared for several processes) and one batch.
+        recipe: how.
+        checkpoint: holds everything that the next step depends on; when it exists the run goes on
+            from it and ends with the same weights as an uninterrupted one.
+        accelerator: processes, device and precision; by default accelerate's choice.
+        identity: settings that a checkpoint must share to be gone on from.
+        on_step: for logs and validation.
 
     Raises:
-        EncacheError: the loss is not finite; the last checkpoint is kept.
+        EncacheError: the loss is not finite (the last checkpoint is kept), or the checkpoint
+            belongs to another run or could not be written.
     """
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    accelerator = accelerator or Accelerator()
+    model.to(accelerator.device).train()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe))
+    run = _Run(checkpoint, identity, parameters, average, optimizer, accelerator)
+    start = run.restore()
+    bar = tqdm(
+        range(start, recipe.steps),
+        initial=start,
+        total=recipe.steps,
+        desc=checkpoint.stem,
+        disable=not accelerator.is_main_process,
     )
-    generator = torch.Generator().manual_seed(seed)
-    start = _restore(checkpoint, model, average, optimizer, generator)
-    model.train()
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=checkpoint.stem)
+    source = batches(start)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(step)
-        terms = loss_terms(generator)
-        loss = torch.stack(tuple(terms.values())).sum()
-        if not torch.isfinite(loss):
-            raise EncacheError(f"The loss is {loss.item()} at step {step}; kept {checkpoint}.")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        losses = _accumulate(accelerator, prepared, source, compute_losses, recipe.accumulation)
+        if not math.isfinite(losses["loss"]):
+            raise EncacheError(
+                f"The loss is {losses['loss']} at step {step}; the last good checkpoint is kept "
+                f"({checkpoint}). Lower the learning rate or use another precision."
+            )
+        accelerator.clip_grad_norm_(parameters.values(), recipe.gradient_clip)
         optimizer.step()
-        _move_average(average, model, min(recipe.ema_decay, (step + 1) / (step + 10)))
+        optimizer.zero_grad()
+        torch._foreach_lerp_(
+            list(average.values()),
+            [p.detach() for p in parameters.values()],
+            1 - recipe.ema_decay_at(step),
+        )
         if step % 20 == 0:
-            bar.set_postfix({name: f"{value.item():.4f}" for name, value in terms.items()})
+            bar.set_postfix_str(f"loss {losses['loss']:.4f}")
+        if on_step:
+            on_step(step, losses, average)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            _save(checkpoint, step + 1, model, average, optimizer, generator)
-    return average.eval()
+            run.save(step + 1)
+    _copy(average, parameters)
+    model.eval()
+
+
+@contextmanager
+def averaged(model: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `model` have the averaged weights inside a `with`."""
+    parameters = {name: p for name, p in model.named_parameters() if name in average}
+    last = {name: p.detach().clone() for name, p in parameters.items()}
+    training = model.training
+    _copy(average, parameters)
+    model.eval()
+    try:
+        yield
+    finally:
+        _copy(last, parameters)
+        model.train(training)
 
 
 @torch.no_grad()
-def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
-def _save(
-    checkpoint: Path,
-    step: int,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> None:
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": generator.get_state(),
-    }
-    temporary = checkpoint.with_suffix(".tmp")
+def _make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> Any:
+    values, rate, decay = list(parameters.values()), recipe.learning_rate, recipe.weight_decay
+    if not recipe.use_8bit_adam:
+        return torch.optim.AdamW(values, lr=rate, weight_decay=decay, fused=True)
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, checkpoint)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        import bitsandbytes
+    except ImportError as error:
         raise EncacheError(
-            f"{checkpoint} could not be written at step {step} ({str(error).splitlines()[0]}): "
-            "free some space, then run the same command again."
+            "8-bit Adam needs bitsandbytes and a CUDA GPU: pip install bitsandbytes, or leave out "
+            "--use-8bit-adam."
         ) from error
+    return bitsandbytes.optim.AdamW8bit(values, lr=rate, weight_decay=decay)
 
 
-def _restore(
-    checkpoint: Path,
+def _accumulate(
+    accelerator: Accelerator,
     model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> int:
-    if not checkpoint.exists():
-        return 0
-    try:
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        return state["step"]
-    except Exception as error:  # a damaged archive, or one of another model
+    source: Iterator[Any],
+    compute_losses: Callable[[nn.Module, Any], Losses],
+    accumulation: int,
+) -> dict[str, float]:
+    """Add up the gradients of one step; return its mean losses, `loss` being their sum."""
+    totals: dict[str, Tensor] = {}
+    for last in [False] * (accumulation - 1) + [True]:
+        with nullcontext() if last else accelerator.no_sync(model):
+            losses = compute_losses(model, next(source))
+            loss = torch.stack(tuple(losses.terms.values())).sum() / accumulation
+            accelerator.backward(loss)
+        for name, value in {**losses.terms, **losses.watched, "loss": loss * accumulation}.items():
+            totals[name] = totals.get(name, 0) + value.detach().float() / accumulation
+    means = accelerator.reduce(torch.stack(list(totals.values())), "mean")
+    return dict(zip(totals, means.tolist(), strict=True))
+
+
+@dataclass
+class _Run:
+    """What a checkpoint holds and where it lies."""
+
+    checkpoint: Path
+    identity: str
+    parameters: Mapping[str, nn.Parameter]
+    average: Mapping[str, Tensor]
+    optimizer: Any
+    accelerator: Accelerator
+
+    def save(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": step,
+            "identity": self.identity,
+            "model": {name: p.detach() for name, p in self.parameters.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.accelerator.scaler:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        temporary = self.checkpoint.with_suffix(".tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.checkpoint)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise EncacheError(
+                f"{self.checkpoint} could not be written at step {step} "
+                f"({str(error).splitlines()[0]}): free some space, then run the same command again."
+            ) from error
+
+    def restore(self) -> int:
+        """Load the checkpoint, if there is one; return the next step."""
+        if not self.checkpoint.exists():
+            return 0
+        try:
+            state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+            if state["identity"] == self.identity:
+                _copy(state["model"], self.parameters)
+                _copy(state["average"], self.average)
+                self.optimizer.load_state_dict(state["optimizer"])
+                if self.accelerator.scaler:
+                    self.accelerator.scaler.load_state_dict(state["scaler"])
+                return state["step"]
+        except Exception as error:  # a damaged archive, or one of another model
+            raise EncacheError(
+                f"{self.checkpoint} is no checkpoint of this run ({str(error).splitlines()[0]}). "
+                "Delete it to start over."
+            ) from error
         raise EncacheError(
-            f"{checkpoint} is no checkpoint of this run ({str(error).splitlines()[0]}). Delete it "
-            "to start over."
-        ) from error
+            f"{self.checkpoint} was begun with other settings: {state['identity']}, not "
+            f"{self.identity}. Repeat those, choose another folder, or delete it to start over."
+        )

@@ -1,7 +1,7 @@
 """The recipe of the default model, on a handful of made-up emoji and a few steps."""
 
-import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -16,49 +16,82 @@ from encache.train.text import MAX_TOKENS, train_tokenizer
 CATEGORY = "Food & Drink"
 
 
+COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
+
+
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    """An emoji package with six coloured discs."""
-    folder = tmp_path / "package"
-    pictures = folder / "img" / "twitter" / "64"
-    pictures.mkdir(parents=True)
-    entries = []
-    for colour in ("red", "green", "blue", "yellow", "black", "orange"):
-        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-        ImageDraw.Draw(image).ellipse((8, 8, 56, 56), fill=colour)
-        image.save(pictures / f"{colour}.png")
-        entries.append(
-            {
-                "name": f"{colour.upper()} DISC",
-                "short_names": [f"{colour}_disc", colour],
-                "image": f"{colour}.png",
-                "category": CATEGORY,
-                "has_img_twitter": True,
-            }
-        )
+def packages(tmp_path):
+    """Emoji packages with six coloured discs, of which the last style lacks one."""
+    folder = tmp_path / "packages"
+    entries = [
+        {
+            "name": f"{colour.upper()} DISC",
+            "short_names": [f"{colour}_disc", colour],
+            "unified": colour.upper(),
+            "image": f"{colour}.png",
+            "category": CATEGORY,
+            "subcategory": "food-disc",
+        }
+        for colour in COLOURS
+    ]
+    for style in emoji.STYLES:
+        for entry in entries:
+            path = (
+                folder
+                / style.word
+                / style.picture.format(image=entry["image"], unified=entry["unified"].lower())
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_disc(path, entry["unified"].lower())
+        description = {"name": style.package, "version": style.version}
+        (folder / style.word / "package.json").write_text(json.dumps(description))
+    path.unlink()
     entries.append({**entries[0], "category": "Flags"})
-    entries.append({**entries[0], "has_img_twitter": False})
-    (folder / "emoji.json").write_text(json.dumps(entries))
-    digest = hashlib.sha256((folder / "emoji.json").read_bytes()).hexdigest()
-    monkeypatch.setattr(emoji, "EMOJI_JSON_SHA256", digest)
+    (folder / emoji.TWEMOJI.word / "emoji.json").write_text(json.dumps(entries))
     return folder
 
 
-def test_reading_emoji(package):
-    listed = emoji.read_emoji(package, [CATEGORY])
-    assert len(listed) == 6
-    assert listed[0].captions == ("red disc", "red")
+def draw_disc(path, colour):
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    ImageDraw.Draw(image).ellipse((8, 8, 56, 56), fill=colour)
+    image.save(path, lossless=True)
+
+
+def test_reading_emoji(packages):
+    listed = emoji.read_emoji(packages, [CATEGORY])
+    assert len(listed) == 6 + 6 + 5
+    assert listed[0].captions == ("red disc", "red", "flat red disc", "flat red", "food")
+    assert listed[-1].captions[2] == "3d black disc"
     images = emoji.load_images(listed)
-    assert images.shape == (6, 3, 64, 64)
+    assert images.shape == (17, 3, 64, 64)
     assert images[0, :, 0, 0].tolist() == [1, 1, 1]  # transparent becomes white
-    assert images[0, :, 32, 32].tolist() == [1, -1, -1]
+    for first in (0, 6, 12):
+        assert images[first, :, 32, 32].tolist() == [1, -1, -1]
 
 
-def test_another_package_is_refused(package, monkeypatch):
-    monkeypatch.setattr(emoji, "EMOJI_JSON_SHA256", "0")
-    result = CliRunner().invoke(main, ["emoji", "--output", "x", "--emoji-dir", str(package)])
+def test_poses_move_the_picture_and_nothing_else(packages):
+    listed = emoji.read_emoji(packages, [CATEGORY])[:1]
+    images = emoji.load_posed_images(listed, 20, torch.Generator().manual_seed(0))
+    assert images.shape == (20, 3, 64, 64)
+    assert len({image.numpy().tobytes() for image in images}) == 20
+    red = (images[:, 0] > 0.5) & (images[:, 1] < -0.5)
+    shares = red.float().mean(dim=(1, 2)) / (math.pi * 24.5**2 / 64**2)
+    assert shares.max() <= 1.02
+    assert shares.min() >= 0.6**2  # shrunk to 0.7, and to fit when turned by 10 degrees
+    again = emoji.load_posed_images(listed, 20, torch.Generator().manual_seed(0))
+    assert torch.equal(images, again)
+
+
+@pytest.mark.parametrize("damage", ["another version", "missing"])
+def test_another_package_is_refused(packages, damage):
+    description = packages / "3d" / "package.json"
+    if damage == "missing":
+        description.unlink()
+    else:
+        description.write_text(json.dumps({"name": emoji.FLUENT.package, "version": "0.0.1"}))
+    result = CliRunner().invoke(main, ["emoji", "--output", "x", "--emoji-dir", str(packages)])
     assert result.exit_code == 1
-    assert "is not the one of" in result.stderr
+    assert "is not the unpacked npm package @lobehub/fluent-emoji-3d@1.1.0" in result.stderr
 
 
 def test_npm_missing(tmp_path, monkeypatch):
@@ -70,9 +103,9 @@ def test_npm_missing(tmp_path, monkeypatch):
     assert "npm is not installed" in result.stderr
 
 
-def test_the_recipe_writes_a_stable_diffusion_folder(package, tmp_path):
+def test_the_recipe_writes_a_stable_diffusion_folder(packages, tmp_path):
     output, work = tmp_path / "model", tmp_path / "work"
-    arguments = ["emoji", "--output", output, "--work-dir", work, "--emoji-dir", package]
+    arguments = ["emoji", "--output", output, "--work-dir", work, "--emoji-dir", packages]
     arguments += ["--autoencoder-steps", 2, "--max-train-steps", 3]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
@@ -82,7 +115,7 @@ def test_the_recipe_writes_a_stable_diffusion_folder(package, tmp_path):
     assert pipeline.vae.config.scaling_factor == 1.0
     picture = pipeline("red disc", num_inference_steps=2).images[0]
     assert picture.size == (64, 64)
-    assert Image.open(output / "samples.png").size == (8 * 64, 64)
+    assert Image.open(output / "samples.png").size == (8 * 64, 3 * 64)
     assert {path.name for path in work.iterdir()} == {"autoencoder.pt", "denoiser.pt"}
 
 
@@ -104,17 +137,6 @@ def test_standardising_changes_latents_but_no_picture():
     with torch.no_grad():
         actual = model.encode(images).latent_dist.logvar
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_noise_and_loss_follow_their_formulas():
-    alpha_bar = torch.tensor([0.9, 0.1])
-    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
-    noisy = denoiser.add_noise(clean, noise, alpha_bar)
-    torch.testing.assert_close(noisy[0], 0.9**0.5 * clean[0] + 0.1**0.5 * noise[0])
-    predicted = noise + torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
-    # SNR 9 is cut to 5, so its weight is 5/9; SNR 1/9 keeps weight 1.
-    expected = torch.tensor((5 / 9 * 1.0 + 1 * 4.0) / 2)
-    torch.testing.assert_close(denoiser.denoising_loss(predicted, noise, alpha_bar), expected)
 
 
 def test_tokenizer_round_trip(tmp_path):

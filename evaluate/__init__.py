@@ -1,0 +1,1 @@
+"""How good a cached sampler is: fidelity, distributions, drift, reports."""

@@ -1,0 +1,141 @@
+"""The FCR loss against a reference that is written out with hooks on the undivided UNet."""
+
+import copy
+
+import pytest
+import torch
+
+from encache.train.fcr import FCR, FCRObjective, NoisedBatch, consistency
+from tests.conftest import TEXT_WIDTH, stable_diffusion_scheduler, tiny_unet
+
+ALPHAS = stable_diffusion_scheduler().alphas_cumprod
+CUTS = ("mid", "up0", "up1", "up2")
+
+
+def make_batch(size=3):
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn(2, size, 4, 8, 8, generator=generator)
+    return NoisedBatch(
+        clean=clean,
+        noise=noise,
+        timesteps=torch.tensor([900, 300, 40])[:size],
+        deltas=torch.tensor([7, 200, 100])[:size],
+        text=torch.randn(size, 5, TEXT_WIDTH, generator=generator),
+    )
+
+
+def objective(**settings):
+    return FCRObjective(tiny_unet(), ALPHAS, "epsilon", FCR(**settings))
+
+
+def features_by_hooks(unet, cut, noisy, timesteps, text):
+    """What crosses the cut, caught while the whole UNet runs: every skip, and the hidden state."""
+    skips, hidden = [], []
+    handles = [unet.conv_in.register_forward_hook(lambda m, a, out: skips.append(out))]
+    handles += [
+        block.register_forward_hook(lambda m, a, out: skips.extend(out[1]))
+        for block in unet.down_blocks
+    ]
+    cached = CUTS.index(cut)
+    last = unet.mid_block if cut == "mid" else unet.up_blocks[cached - 1]
+    handles.append(last.register_forward_hook(lambda m, a, out: hidden.append(out)))
+    predicted = unet(noisy, timesteps, text).sample
+    for handle in handles:
+        handle.remove()
+    used = sum(len(block.resnets) for block in unet.up_blocks[:cached])
+    return predicted, [*skips[: len(skips) - used], hidden[0]]
+
+
+def noised(batch, timesteps):
+    alpha_bar = ALPHAS[timesteps].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * batch.clean + (1 - alpha_bar).sqrt() * batch.noise
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("form", ["raw", "relative"])
+def test_the_loss_equals_its_reference(cut, form):
+    batch = make_batch()
+    losses = objective(weight=0.3, form=form, cut=cut)(batch)
+    earlier = torch.tensor([893, 100, 0])  # the last pair would begin below zero
+    unet = tiny_unet()
+    predicted, older = features_by_hooks(
+        unet, cut, noised(batch, batch.timesteps), batch.timesteps, batch.text
+    )
+    _, newer = features_by_hooks(unet, cut, noised(batch, earlier), earlier, batch.text)
+    expected = 0.0
+    for old, new in zip(older, newer, strict=True):
+        change = ((old - new) ** 2).mean()
+        size = ((old**2).mean() + (new**2).mean()) / 2
+        expected += 0.3 * (change / size if form == "relative" else change) / len(older)
+    torch.testing.assert_close(losses.terms["fcr"], expected)
+    torch.testing.assert_close(
+        losses.terms["denoise"], torch.nn.functional.mse_loss(predicted, batch.noise)
+    )
+    sizes = [tensor.square().mean() for tensor in older]
+    torch.testing.assert_close(list(losses.watched.values()), sizes)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_consistency_reaches_only_encoder_parameters(cut):
+    whole = objective(cut=cut)
+    whole(make_batch()).terms["fcr"].backward()
+    unet = whole.unet
+    cached = CUTS.index(cut)
+    encoder = [unet.conv_in, unet.down_blocks, unet.mid_block, *unet.up_blocks[:cached]]
+    decoder = [*unet.up_blocks[cached:], unet.conv_norm_out, unet.conv_out]
+    for module in encoder:
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    for module in decoder:
+        assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("stop_grad", ["none", "older", "newer"])
+def test_stop_grad_holds_one_side_still(stop_grad):
+    old, new = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
+    consistency([old], [new], "raw", stop_grad).backward()
+    assert (old.grad is None) == (stop_grad == "older")
+    assert (new.grad is None) == (stop_grad == "newer")
+
+
+def test_shrinking_the_features_lowers_the_raw_form_only():
+    old, new = torch.randn(2, 2, 3, 4, 4)
+    for form, ratio in (("raw", 0.01), ("relative", 1.0)):
+        whole = consistency([old], [new], form, "none")
+        shrunk = consistency([0.1 * old], [0.1 * new], form, "none")
+        torch.testing.assert_close(shrunk, ratio * whole)
+
+
+def test_lambda_zero_equals_plain_training_step_for_step():
+    ours = objective(weight=0.0)
+    plain = tiny_unet()
+    batch = make_batch()
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (ours, plain)]
+    for _ in range(3):
+        losses = ours(batch)
+        assert losses.terms.keys() == {"denoise"}
+        noisy = noised(batch, batch.timesteps)
+        predicted = plain(noisy, batch.timesteps, batch.text).sample
+        expected = torch.nn.functional.mse_loss(predicted, batch.noise)
+        torch.testing.assert_close(losses.terms["denoise"], expected)
+        for loss, optimizer in zip((losses.terms["denoise"], expected), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for left, right in zip(ours.unet.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain = objective()
+    frugal = copy.deepcopy(plain)
+    frugal.enable_gradient_checkpointing()
+    for model in (plain, frugal):
+        model.train()
+        sum(model(make_batch()).terms.values()).backward()
+    for left, right in zip(plain.parameters(), frugal.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad)
+
+
+def test_one_picture_alone():
+    losses = objective()(make_batch(1))
+    assert all(torch.isfinite(value) for value in losses.terms.values())

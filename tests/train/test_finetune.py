@@ -1,0 +1,237 @@
+"""`encache-train fcr`, from pictures to a file that the rest of encache and diffusers take."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from click.testing import CliRunner
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.train import finetune
+from encache.train.cli import main
+
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """accelerate keeps the first precision of a process; each test starts as a command does."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for colour in COLOURS:
+        Image.new("RGB", (20, 16), colour).save(folder / f"{colour}.png")
+        rows.append(json.dumps({"file_name": f"{colour}.png", "text": f"{colour} apple"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def arguments(model_folder, pictures, tmp_path):
+    """Make a command line; `output` is below the test's folder."""
+
+    def make(output, *more):
+        values = ["fcr", "--pretrained-model-name-or-path", model_folder]
+        values += ["--train-data-dir", pictures, "--output-dir", tmp_path / output]
+        values += ["--max-train-steps", 4, "--train-batch-size", 2, "--learning-rate", 1e-3]
+        values += ["--lr-warmup-steps", 0, "--report-to", "none", *more]
+        return [str(value) for value in values]
+
+    return make
+
+
+def train(arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_written_file_is_a_checkpoint(arguments, tmp_path, model_folder):
+    result = train(arguments("out", "--fcr-stride", 10, "--fcr-form", "relative"))
+    path = tmp_path / "out" / "fcr.safetensors"
+    assert result.stdout.strip() == str(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    facts = json.loads(header["encache"])
+    assert header["base"] == str(model_folder)
+    assert facts["steps"] == 4
+    assert facts["loss"]["delta_max"] == 200  # 10 of 50 calls over 1000 timesteps
+    found = find_checkpoint(path)
+    assert found.folder == model_folder
+    trained = load_pipeline(found).unet.state_dict()
+    before = load_pipeline(find_checkpoint(model_folder)).unet.state_dict()
+    moved = [name for name in before if not torch.equal(before[name], trained[name])]
+    assert len(moved) == len(before)
+    plain = UNet2DConditionModel.from_pretrained(model_folder, subfolder="unet")
+    plain.load_state_dict(load_file(path))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatch):
+    train(arguments("whole", "--checkpointing-steps", 2))
+    prepare = finetune._Preparation.__call__
+    calls = 0
+
+    def stop(self, examples):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return prepare(self, examples)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune._Preparation, "__call__", stop)
+        result = CliRunner().invoke(main, arguments("parts", "--checkpointing-steps", 2))
+        assert result.exit_code == 1
+    assert not (tmp_path / "parts" / "fcr.safetensors").exists()
+    train(arguments("parts", "--checkpointing-steps", 2))
+    whole, parts = (load_file(tmp_path / name / "fcr.safetensors") for name in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_a_finished_run_is_not_repeated(arguments, tmp_path, monkeypatch):
+    train(arguments("out"))
+    first = load_file(tmp_path / "out" / "fcr.safetensors")
+    monkeypatch.setattr(finetune._Preparation, "__call__", None)  # any further step would fail
+    train(arguments("out"))
+    again = load_file(tmp_path / "out" / "fcr.safetensors")
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(arguments, tmp_path):
+    train(arguments("out"))
+    result = CliRunner().invoke(main, arguments("out", "--fcr-weight", "0.5"))
+    assert result.exit_code == 1
+    assert "begun with other settings" in result.stderr
+    train(arguments("out", "--fcr-weight", "0.5", "--resume-from-checkpoint", "never"))
+
+
+def test_accumulation_equals_a_larger_batch(arguments, tmp_path):
+    train(arguments("large", "--train-batch-size", 4))
+    train(arguments("small", "--gradient-accumulation-steps", 2))
+    large, small = (load_file(tmp_path / name / "fcr.safetensors") for name in ("large", "small"))
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=2e-4)
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(arguments, tmp_path):
+    train(arguments("one", "--train-batch-size", 4, "--report-to", "tensorboard"))
+    # What accelerate launch runs, which starts several processes on a CPU through MPI only.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "encache.train.cli", *arguments("two", "--report-to", "tensorboard")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, two = (logged(tmp_path / name / "logs") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-4), name
+
+
+def logged(folder):
+    """Every scalar of the one tensorboard log below `folder`: name -> values."""
+    events = EventAccumulator(str(next(folder.rglob("events*")).parent))
+    events.Reload()
+    return {name: [e.value for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_the_log_holds_losses_and_feature_sizes(arguments, tmp_path):
+    train(arguments("out", "--report-to", "tensorboard", "--cut", "mid"))
+    scalars = logged(tmp_path / "out" / "logs")
+    assert {"denoise", "fcr", "loss", "mean_square/skip_0", "mean_square/hidden"} <= scalars.keys()
+    assert len(scalars["loss"]) == 4
+    for denoise, fcr, loss in zip(*(scalars[n] for n in ("denoise", "fcr", "loss")), strict=True):
+        assert denoise + fcr == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_lora_is_written_for_diffusers_and_folded_in(arguments, tmp_path, model_folder):
+    # encache's options are diffusers' with hyphens; its underscores are understood too.
+    train(arguments("out", "--rank", 2, "--max_train_steps", 3))
+    folded = load_pipeline(find_checkpoint(tmp_path / "out" / "fcr.safetensors")).unet
+    pipeline = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    moved = {name for name, t in folded.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved
+    assert all(".attn" in name for name in moved)
+    pipeline.load_lora_weights(tmp_path / "out", weight_name="fcr_lora.safetensors")
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            folded(latents, 300, text).sample,
+            pipeline.unet(latents, 300, text).sample,
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_validation_grid(arguments, tmp_path):
+    more = ["--validation-prompt", "red apple", "--validation-prompt", "hot dog"]
+    train(arguments("out", *more, "--validation-steps", 2))
+    grids = sorted(path.name for path in (tmp_path / "out" / "validation").iterdir())
+    assert grids == ["step-000002.png", "step-000004.png"]
+
+
+def test_validation_does_not_change_the_training(arguments, tmp_path):
+    train(arguments("plain"))
+    train(arguments("watched", "--validation-prompt", "red apple", "--validation-steps", 1))
+    plain, watched = (
+        load_file(tmp_path / name / "fcr.safetensors") for name in ("plain", "watched")
+    )
+    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+
+
+def test_bf16_stays_near_fp32(arguments, tmp_path):
+    train(arguments("fp32"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(arguments("bf16", "--mixed-precision", "bf16", "--gradient-checkpointing"))
+    fp32, bf16 = (load_file(tmp_path / name / "fcr.safetensors") for name in ("fp32", "bf16"))
+    assert all(tensor.dtype == torch.float32 for tensor in bf16.values())
+    torch.testing.assert_close(bf16, fp32, rtol=0, atol=8e-3)  # four steps of Adam at 1e-3, twice
+
+
+def test_a_diverging_run_says_so(arguments, tmp_path):
+    result = CliRunner().invoke(main, arguments("out", "--learning-rate", "1e30"))
+    assert result.exit_code == 1
+    assert "The loss is nan at step" in result.stderr
+    assert not (tmp_path / "out" / "fcr.safetensors").exists()
+
+
+def test_unreadable_pictures_are_named(arguments, pictures, tmp_path):
+    (pictures / "red.png").write_bytes(b"none")
+    result = train(arguments("out"))
+    assert "Skipped 1 unreadable pictures: red.png" in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--fcr-stride", "5", "--fcr-delta-max", "5"], "either --fcr-delta-max or --fcr-stride"),
+        (["--resolution", "15"], "multiple of 2"),
+    ],
+)
+def test_options_that_cannot_be_honoured(arguments, more, message):
+    result = CliRunner().invoke(main, arguments("out", *more))
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+
+
+def test_a_precision_that_the_device_lacks(arguments, monkeypatch):
+    def refuse(**options):
+        raise ValueError("bf16 mixed precision requires a supported device.")
+
+    monkeypatch.setattr("accelerate.Accelerator", refuse)
+    result = CliRunner().invoke(main, arguments("out", "--mixed-precision", "bf16"))
+    assert result.exit_code == 2
+    assert "--mixed-precision bf16: bf16 mixed precision requires" in result.stderr

@@ -1,0 +1,292 @@
+"""Captioned pictures for fine-tuning: image folders, webdataset shards, the emoji."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from encache.errors import EncacheError
+from encache.train import emoji
+from encache.train.loop import generator_of
+
+#: Unreadable pictures in a row after which a run stops.
+MAX_TRIES = 20
+
+
+class Pictures(Protocol):
+    """A set of captioned pictures with random access.
+
+    Attributes:
+        names: one per picture, for messages and the fingerprint.
+        num_without_caption: pictures that were left out.
+    """
+
+    names: list[str]
+    num_without_caption: int
+
+    def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
+        """Picture `index` in RGB and a caption; what varies is drawn.
+
+        Raises:
+            OSError, ValueError: the picture cannot be read.
+        """
+
+
+class ImageFolder:
+    """A folder with metadata.jsonl: {"file_name": ..., "text": ...} per line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        rows = [_parse(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        captioned = [row for row in rows if row.get("file_name") and row.get("text")]
+        self.names = [row["file_name"] for row in captioned]
+        self.captions = [row["text"] for row in captioned]
+        self.num_without_caption = len(rows) - len(captioned)
+
+    def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
+        """See `Pictures`."""
+        with Image.open(self.folder / self.names[index]) as image:
+            return image.convert("RGB"), self.captions[index]
+
+
+def _parse(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+class Shards:
+    """webdataset shards (.tar) as img2dataset writes them: KEY.jpg beside KEY.txt or KEY.json.
+
+    The members' places are listed once, so that pictures can be read in any order, which an exact
+    resume needs. Only plain tar files can be read so, not compressed ones.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.names: list[str] = []
+        self.num_without_caption = 0
+        self._places: list[tuple[Path, dict[str, tuple[int, int]]]] = []
+        for shard in sorted(shards):
+            for key, members in _list_members(shard).items():
+                if not members.keys() & _PICTURE_SUFFIXES:
+                    continue
+                if not members.keys() & {"txt", "json"}:
+                    self.num_without_caption += 1
+                    continue
+                self.names.append(f"{shard.name}:{key}")
+                self._places.append((shard, members))
+
+    def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
+        """See `Pictures`."""
+        shard, members = self._places[index]
+        suffix = min(members.keys() & _PICTURE_SUFFIXES)
+        with Image.open(io.BytesIO(_read_member(shard, members[suffix]))) as image:
+            picture = image.convert("RGB")
+        if "txt" in members:
+            return picture, _read_member(shard, members["txt"]).decode().strip()
+        return picture, str(json.loads(_read_member(shard, members["json"]))["caption"])
+
+
+_PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
+
+
+def _list_members(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Offset and size of every file of a tar, by key and suffix."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                key, _, suffix = member.name.partition(".")
+                place = (member.offset_data, member.size)
+                samples.setdefault(key, {})[suffix.lower()] = place
+    except tarfile.TarError as error:
+        raise EncacheError(
+            f"{shard} is not a complete, uncompressed tar file ({error}). Fetch it again, or move "
+            "it out of the folder."
+        ) from error
+    return samples
+
+
+def _read_member(shard: Path, place: tuple[int, int]) -> bytes:
+    offset, size = place
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+class EmojiPictures:
+    """The default model's own training data, every picture in a random pose."""
+
+    def __init__(self, folder: Path) -> None:
+        self.emoji = emoji.read_emoji(folder, emoji.CONCEPT_CATEGORIES)
+        self.names = [f"{one.image.parent.name}/{one.image.name}" for one in self.emoji]
+        self.num_without_caption = 0
+
+    def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
+        """See `Pictures`."""
+        one = self.emoji[index]
+        choice = int(torch.randint(len(one.captions), (), generator=draw))
+        return emoji.load_posed_image(one, draw), one.captions[choice]
+
+
+def open_pictures(folder: Path) -> Pictures:
+    """Recognise what kind of set `folder` is.
+
+    Raises:
+        EncacheError: none that is known, or it holds no captioned picture.
+    """
+    shards = list(folder.glob("*.tar"))
+    if (folder / "metadata.jsonl").is_file():
+        pictures: Pictures = ImageFolder(folder)
+    elif shards:
+        pictures = Shards(shards)
+    elif (folder / emoji.TWEMOJI.word).is_dir():
+        pictures = EmojiPictures(folder)
+    else:
+        raise EncacheError(
+            f"{folder} is no training set: it holds neither metadata.jsonl with lines like "
+            '{"file_name": "0001.png", "text": "a red apple"}, nor .tar shards of img2dataset, '
+            "nor the emoji packages of encache-train emoji."
+        )
+    if not pictures.names:
+        raise EncacheError(
+            f"{folder} holds no picture with a caption ({pictures.num_without_caption} without)."
+        )
+    return pictures
+
+
+def fingerprint(pictures: Pictures) -> str:
+    """sha256 over the names of all pictures: says which set, not what is in the files."""
+    return hashlib.sha256("\n".join(pictures.names).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a step's examples are drawn; equal values give equal batches on any machine.
+
+    Attributes:
+        resolution: height and width in pixels.
+        latent_shape: (channels, height, width) of the noise.
+        num_timesteps: of the noise schedule.
+        delta_max: largest distance of a pair, in training timesteps.
+        caption_dropout: share of captions replaced by "".
+        flip: mirror half of the pictures.
+        seed: of the run.
+    """
+
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    num_timesteps: int
+    delta_max: int
+    caption_dropout: float = 0.1
+    flip: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture [3, H, W] in [-1, 1] with everything that is random about its training step."""
+
+    pixels: Tensor
+    caption: str
+    noise: Tensor
+    timestep: int
+    delta: int
+    unreadable: tuple[str, ...]
+
+
+class Steps(Dataset):
+    """Batch number k of one process, as a function of the run's seed and k alone.
+
+    A step's examples are numbered through, whether they come in one batch, in several accumulated
+    ones, or on several processes, and each has its own generator. So the arrangement does not
+    change the step, workers may read ahead, and a resumed run sees what the first would have.
+    Pictures are drawn with replacement.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        draws: Draws,
+        batch_size: int,
+        accumulation: int = 1,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.pictures = pictures
+        self.draws = draws
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.process = process
+        self.num_processes = num_processes
+
+    def __getitem__(self, batch: int) -> list[Example]:
+        step, part = divmod(batch, self.accumulation)
+        first = (part * self.num_processes + self.process) * self.batch_size
+        return [self._example(step, first + row) for row in range(self.batch_size)]
+
+    def _example(self, step: int, row: int) -> Example:
+        draws = self.draws
+        draw = generator_of(draws.seed, step, row)
+        timestep = int(torch.randint(draws.num_timesteps, (), generator=draw))
+        delta = int(torch.randint(1, draws.delta_max + 1, (), generator=draw))
+        noise = torch.randn(draws.latent_shape, generator=draw)
+        drop, mirror = torch.rand(2, generator=draw).tolist()
+        image, caption, unreadable = self._read(draw)
+        pixels = to_pixels(image, draws.resolution, draws.flip and mirror < 0.5)
+        caption = "" if drop < draws.caption_dropout else caption
+        return Example(pixels, caption, noise, timestep, delta, unreadable)
+
+    def _read(self, draw: torch.Generator) -> tuple[Image.Image, str, tuple[str, ...]]:
+        """Draw pictures until one can be read; the names of the others come along."""
+        unreadable: list[str] = []
+        while len(unreadable) < MAX_TRIES:
+            index = int(torch.randint(len(self.pictures.names), (), generator=draw))
+            try:
+                return *self.pictures.read(index, draw), tuple(unreadable)
+            except (OSError, ValueError, KeyError, Image.DecompressionBombError):
+                unreadable.append(self.pictures.names[index])
+        raise EncacheError(
+            f"{MAX_TRIES} pictures in a row could not be read, the last was {unreadable[-1]}. "
+            "Check the training data."
+        )
+
+
+def batches(steps: Steps, start: int, num_workers: int) -> Iterator[list[Example]]:
+    """Read the batches from step `start` on, ahead of their use when there are workers."""
+    endless = _CountFrom(start * steps.accumulation)
+    return iter(DataLoader(steps, batch_size=None, sampler=endless, num_workers=num_workers))
+
+
+class _CountFrom:
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        index = self.start
+        while True:
+            yield index
+            index += 1
+
+
+def to_pixels(image: Image.Image, resolution: int, mirror: bool) -> Tensor:
+    """Shrink the shorter side to `resolution`, cut out the middle: [3, R, R] in [-1, 1]."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return tensor.flip(-1) if mirror else tensor

@@ -1,0 +1,34 @@
+"""The training side of diffusion: noising, targets, and the weight of each noise level."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, with alpha_bar [B]."""
+    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+
+
+def target(clean: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
+    """What the UNet should say: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+    if prediction == "epsilon":
+        return noise
+    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+
+
+def min_snr_weight(
+    alpha_bar: Tensor, gamma: float | None, prediction: Prediction = "epsilon"
+) -> Tensor:
+    """Weights [B] of noise levels: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
+
+    Hang et al., arXiv 2303.09556; gamma None weighs all levels alike.
+    """
+    if gamma is None:
+        return alpha_bar.new_ones(alpha_bar.shape)
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)

@@ -1,0 +1,142 @@
+"""Feature Consistency Regularization: features that change little from one call to a later one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from encache.model.features import Cut
+from encache.model.split import SplitUNet
+from encache.train.diffusion import Prediction, add_noise, min_snr_weight, target
+from encache.train.loop import Losses
+
+Form = Literal["raw", "relative"]
+StopGrad = Literal["none", "older", "newer"]
+FORMS: tuple[Form, ...] = get_args(Form)
+STOP_GRADS: tuple[StopGrad, ...] = get_args(StopGrad)
+
+
+@dataclass(frozen=True)
+class FCR:
+    """L = L_denoise + weight * E ||Enc(x_t) - Enc(x_{t-D})||^2, D ~ U{1..delta_max}.
+
+    Attributes:
+        weight: lambda; 0 is plain fine-tuning and costs no second encoder run.
+        delta_max: D_max in training timesteps.
+        form: "raw" squared differences, or "relative" to each tensor's own mean square, which
+            shrinking the features cannot lower.
+        stop_grad: which side is held still: the "older" (noisier, the key call in sampling), the
+            "newer", or "none".
+        cut: whose features are compared.
+        snr_gamma: of the min-SNR weighting; None for none.
+    """
+
+    weight: float = 0.1
+    delta_max: int = 10
+    form: Form = "raw"
+    stop_grad: StopGrad = "none"
+    cut: Cut = "up2"
+    snr_gamma: float | None = None
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Clean latents [B, 4, h, w], the noise to add, both timesteps [B], text [B, L, D]."""
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    deltas: Tensor
+    text: Tensor
+
+
+def consistency(
+    older: Sequence[Tensor], newer: Sequence[Tensor], form: Form, stop_grad: StopGrad
+) -> Tensor:
+    """Mean over the tensors that cross the cut of their mean squared difference.
+
+    Args:
+        older, newer: features of the same pictures at t and at t - D, each [B, C, h', w'].
+        form: see `FCR`.
+        stop_grad: see `FCR`.
+    """
+    differences = []
+    for old, new in zip(older, newer, strict=True):
+        old, new = old.float(), new.float()
+        scale = mean_square(old, new).detach() if form == "relative" else 1.0
+        old = old.detach() if stop_grad == "older" else old
+        new = new.detach() if stop_grad == "newer" else new
+        differences.append((old - new).square().mean() / scale)
+    return torch.stack(differences).mean()
+
+
+def mean_square(*tensors: Tensor) -> Tensor:
+    """Mean over the tensors of their mean square."""
+    return torch.stack([tensor.float().square().mean() for tensor in tensors]).mean()
+
+
+class FCRObjective(nn.Module):
+    """The UNet with its loss as one forward pass, which is what data parallel training wraps."""
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        alphas_cumprod: Tensor,
+        prediction: Prediction,
+        settings: FCR,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.prediction = prediction
+        self.settings = settings
+        self.recompute = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory: keep no activations inside blocks."""
+        self.unet.enable_gradient_checkpointing()
+        self.recompute = True
+
+    def forward(self, batch: NoisedBatch) -> Losses:
+        """Noise, predict, compare; watch the size of every tensor that crosses the cut."""
+        settings = self.settings
+        # Made anew because it holds no state, and a copy of this module must split its own UNet.
+        split = SplitUNet(self.unet, settings.cut)
+        older = split.encoder(self._noised(batch, batch.timesteps), batch.timesteps, batch.text)
+        predicted = self._decode(split, older, batch.timesteps, batch.text)
+        alpha_bar = self.alphas_cumprod[batch.timesteps]
+        wanted = target(batch.clean, batch.noise, alpha_bar, self.prediction)
+        squared = (predicted.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+        weight = min_snr_weight(alpha_bar, settings.snr_gamma, self.prediction)
+        terms = {"denoise": (weight * squared).mean()}
+        if settings.weight:
+            # Where t < D the pair ends at 0: the denoising loss still needs the lowest timesteps.
+            timesteps = (batch.timesteps - batch.deltas).clamp(min=0)
+            newer = split.encoder(self._noised(batch, timesteps), timesteps, batch.text)
+            change = consistency(older, newer, settings.form, settings.stop_grad)
+            terms["fcr"] = settings.weight * change
+        sizes = {
+            f"mean_square/{feature.name}": mean_square(tensor).detach()
+            for feature, tensor in zip(split.features, older, strict=True)
+        }
+        return Losses(terms, sizes)
+
+    def _noised(self, batch: NoisedBatch, timesteps: Tensor) -> Tensor:
+        noised = add_noise(batch.clean, batch.noise, self.alphas_cumprod[timesteps])
+        return noised.to(self.unet.dtype)
+
+    def _decode(
+        self, split: SplitUNet, features: Sequence[Tensor], timesteps: Tensor, text: Tensor
+    ) -> Tensor:
+        """One decoder call on its own features, with one timestep per picture."""
+        weights = features[0].new_ones(1, 1)
+        arguments = ([one[None] for one in features], weights, timesteps[None], text)
+        if self.recompute:
+            return checkpoint(split.decoder, *arguments, use_reentrant=False)
+        return split.decoder(*arguments)

@@ -1,0 +1,268 @@
+"""Fine-tune a checkpoint with FCR: from pictures and captions to fcr.safetensors."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from encache import __version__
+from encache.errors import EncacheError
+from encache.model.checkpoint import Checkpoint
+from encache.model.features import ImageSpec
+from encache.train.data import Draws, Example, Pictures, Steps, batches, fingerprint
+from encache.train.fcr import FCR, FCRObjective, NoisedBatch
+from encache.train.loop import Recipe, averaged, fit
+from encache.train.validation import sample_grid
+
+#: What diffusers' own LoRA training adapts: the projections of every attention.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a fine-tuning run that is not its model, its data or its loss.
+
+    Attributes:
+        output: folder for fcr.safetensors, checkpoint.pt, logs/ and validation/.
+        batch_size: pictures per process and accumulated batch.
+        lora_rank: 0 trains the whole UNet.
+        validation_prompts: drawn every `validation_every` steps with the averaged weights.
+    """
+
+    output: Path
+    recipe: Recipe
+    batch_size: int = 1
+    resolution: int | None = None
+    caption_dropout: float = 0.1
+    flip: bool = False
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
+    validation_prompts: tuple[str, ...] = ()
+    validation_every: int = 500
+    num_workers: int = 0
+    seed: int = 0
+
+
+def fine_tune(
+    checkpoint: Checkpoint,
+    pipeline: StableDiffusionPipeline,
+    pictures: Pictures,
+    settings: FCR,
+    run: Run,
+    accelerator: Accelerator,
+) -> Path:
+    """Train the UNet on L_denoise + lambda L_FCR and write its averaged weights.
+
+    Args:
+        checkpoint: what to start from.
+        pipeline: the same, loaded; its UNet is trained in place.
+        pictures: the data.
+        settings: the loss.
+        run: the rest; a run that was stopped goes on from its checkpoint.
+        accelerator: processes, device and precision.
+
+    Returns:
+        The path of fcr.safetensors.
+
+    Raises:
+        EncacheError: the model or the data cannot be used, or the loss is not finite.
+    """
+    unet = pipeline.unet
+    spec = ImageSpec.of(unet.config, pipeline.vae.config)
+    resolution = run.resolution or spec.picture_size
+    if resolution % spec.downscale:
+        raise EncacheError(f"The resolution must be a multiple of {spec.downscale} pixels.")
+    scheduler = pipeline.scheduler
+    objective = FCRObjective(
+        unet, scheduler.alphas_cumprod, scheduler.config.prediction_type, settings
+    )
+    if run.lora_rank:
+        _add_lora(pipeline, run.lora_rank, run.seed)
+    if run.gradient_checkpointing:
+        objective.enable_gradient_checkpointing()
+    latent_size = resolution // spec.downscale
+    steps = Steps(
+        pictures,
+        Draws(
+            resolution,
+            (spec.channels, latent_size, latent_size),
+            len(scheduler.alphas_cumprod),
+            settings.delta_max,
+            run.caption_dropout,
+            run.flip,
+            run.seed,
+        ),
+        run.batch_size,
+        run.recipe.accumulation,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    prepare = _Preparation(pipeline, accelerator)
+    facts = _facts(checkpoint, pictures, settings, run, resolution, accelerator)
+    run.output.mkdir(parents=True, exist_ok=True)
+    _start_log(accelerator)
+
+    def on_step(step: int, losses: Mapping[str, float], average: Mapping[str, Tensor]) -> None:
+        accelerator.log(dict(losses), step=step)
+        if run.validation_prompts and (step + 1) % run.validation_every == 0:
+            with averaged(objective, average):
+                _validate(pipeline, run, step + 1, accelerator)
+
+    fit(
+        objective,
+        lambda start: map(prepare, batches(steps, start, run.num_workers)),
+        lambda model, batch: model(batch),
+        run.recipe,
+        run.output / "checkpoint.pt",
+        accelerator=accelerator,
+        identity=json.dumps(facts, sort_keys=True),
+        on_step=on_step,
+    )
+    accelerator.end_training()
+    prepare.report_unreadable()
+    path = run.output / "fcr.safetensors"
+    if accelerator.is_main_process:
+        if run.lora_rank:
+            _save_lora(pipeline, run.output)
+        header = {"encache": json.dumps({**facts, "steps": run.recipe.steps})}
+        if checkpoint.base_name:
+            header["base"] = checkpoint.base_name
+        _write_weights(pipeline, path, header)
+    return path
+
+
+class _Preparation:
+    """Turns examples into what the objective takes, on the device, with the frozen networks."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, accelerator: Accelerator) -> None:
+        self.device = accelerator.device
+        precisions = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        self.dtype = precisions.get(accelerator.mixed_precision, torch.float32)
+        self.vae = pipeline.vae.to(self.device, self.dtype).requires_grad_(False)
+        self.text_encoder = pipeline.text_encoder.to(self.device, self.dtype).requires_grad_(False)
+        self.tokenizer = pipeline.tokenizer
+        self.unreadable: set[str] = set()
+
+    @torch.no_grad()
+    def __call__(self, examples: Sequence[Example]) -> NoisedBatch:
+        for example in examples:
+            self.unreadable.update(example.unreadable)
+        pixels = torch.stack([one.pixels for one in examples]).to(self.device, self.dtype)
+        # The mean of the posterior, not a draw: its spread is far below the noise that is added.
+        latents = self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+        tokens = self.tokenizer(
+            [one.caption for one in examples],
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+        return NoisedBatch(
+            clean=latents.float(),
+            noise=torch.stack([one.noise for one in examples]).to(self.device),
+            timesteps=torch.tensor([one.timestep for one in examples], device=self.device),
+            deltas=torch.tensor([one.delta for one in examples], device=self.device),
+            text=self.text_encoder(tokens)[0].float(),
+        )
+
+    def report_unreadable(self) -> None:
+        if self.unreadable:
+            some = ", ".join(sorted(self.unreadable)[:10])
+            tqdm.write(f"Skipped {len(self.unreadable)} unreadable pictures: {some}")
+
+
+def _facts(
+    checkpoint: Checkpoint,
+    pictures: Pictures,
+    settings: FCR,
+    run: Run,
+    resolution: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What makes two runs the same run: not its length, nor how its batch is spread out."""
+    recipe = asdict(replace(run.recipe, steps=0, accumulation=1, checkpoint_every=0))
+    return {
+        "model": checkpoint.fingerprint,
+        "data": fingerprint(pictures),
+        "loss": asdict(settings),
+        "recipe": {name: value for name, value in recipe.items() if value},
+        "batch": run.batch_size * run.recipe.accumulation * accelerator.num_processes,
+        "resolution": resolution,
+        "caption_dropout": run.caption_dropout,
+        "flip": run.flip,
+        "lora_rank": run.lora_rank,
+        "seed": run.seed,
+        "encache_version": __version__,
+    }
+
+
+def _start_log(accelerator: Accelerator) -> None:
+    try:
+        accelerator.init_trackers("fcr")
+    except ImportError as error:
+        raise EncacheError(
+            f'{error}. Install it with pip install "encache[train]", or pass --report-to none.'
+        ) from error
+
+
+def _validate(
+    pipeline: StableDiffusionPipeline, run: Run, step: int, accelerator: Accelerator
+) -> None:
+    if accelerator.is_main_process:
+        folder = run.output / "validation"
+        folder.mkdir(exist_ok=True)
+        with torch.no_grad(), accelerator.autocast():
+            grid = sample_grid(pipeline, run.validation_prompts, columns=8, seed=run.seed)
+        grid.save(folder / f"step-{step:06d}.png")
+    accelerator.wait_for_everyone()
+
+
+def _add_lora(pipeline: StableDiffusionPipeline, rank: int, seed: int) -> None:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EncacheError('LoRA needs peft: pip install "encache[train]".') from error
+    pipeline.unet.requires_grad_(False)
+    torch.manual_seed(seed)  # of the adapter's first weights
+    pipeline.unet.add_adapter(
+        LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*LORA_TARGETS]
+        )
+    )
+
+
+def _save_lora(pipeline: StableDiffusionPipeline, output: Path) -> None:
+    """Write the adapter in diffusers' format and fold it into the UNet."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    pipeline.save_lora_weights(output, unet_lora_layers=layers, weight_name="fcr_lora.safetensors")
+    pipeline.unet.fuse_lora()
+    pipeline.unet.unload_lora()
+
+
+def _write_weights(
+    pipeline: StableDiffusionPipeline, path: Path, header: Mapping[str, str]
+) -> None:
+    tensors = {
+        name: tensor.cpu().contiguous() for name, tensor in pipeline.unet.state_dict().items()
+    }
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, dict(header))
+        temporary.replace(path)
+    except Exception as error:  # safetensors has its own error for a full disk
+        temporary.unlink(missing_ok=True)
+        raise EncacheError(
+            f"{path} could not be written ({error}): free some space, then run the same command "
+            "again; the training is kept in checkpoint.pt."
+        ) from error
