@@ -2,22 +2,42 @@
 
 All blends are Lagrange interpolation on the call index: F(s) = sum_m w_m(s) F(t_m), through one
 key call (reuse), through the last ones (extrapolate), or through the two around it (interpolate).
+"extrapolate-damped" goes half as far as "extrapolate".
 """
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-Blend = Literal["reuse", "extrapolate", "extrapolate2", "interpolate", "interpolate-refresh"]
+Blend = Literal[
+    "reuse",
+    "extrapolate",
+    "extrapolate-damped",
+    "extrapolate2",
+    "interpolate",
+    "interpolate-continued",
+    "interpolate-refresh",
+]
 BLENDS: tuple[Blend, ...] = get_args(Blend)
 
 #: How many key calls' features a blend looks at, which is the number of ring slots.
 NUM_SLOTS: dict[Blend, int] = {
     "reuse": 1,
     "extrapolate": 2,
+    "extrapolate-damped": 2,
     "extrapolate2": 3,
     "interpolate": 2,
+    "interpolate-continued": 2,
     "interpolate-refresh": 2,
 }
+
+
+def blend_weights(blend: Blend, nodes: Sequence[int], call: int) -> tuple[float, ...]:
+    """Weights of the key calls `nodes`, the last one latest, for the features of `call`."""
+    weights = lagrange_weights(nodes, call)
+    if blend != "extrapolate-damped":
+        return weights
+    reused = (*(0.0 for _ in nodes[1:]), 1.0)
+    return tuple((ours + theirs) / 2 for ours, theirs in zip(weights, reused, strict=True))
 
 
 def lagrange_weights(nodes: Sequence[int], call: int) -> tuple[float, ...]:

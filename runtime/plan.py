@@ -8,8 +8,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from encache.errors import PlanError
-from encache.runtime.blend import BLENDS, NUM_SLOTS, Blend, lagrange_weights
+from encache.runtime.blend import BLENDS, NUM_SLOTS, Blend, blend_weights
 from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
@@ -211,7 +214,7 @@ def _causal_steps(table: SolverTable, keys: tuple[int, ...], blend: Blend) -> li
     for index, (key, stop) in enumerate(zip(keys, (*keys[1:], table.num_calls), strict=True)):
         nodes = keys[max(0, index + 1 - slots) : index + 1]
         steps.append(_encode(table, key, index % slots))
-        steps.append(_decode(table, range(key, stop), nodes, keys, slots))
+        steps.append(_decode(table, range(key, stop), nodes, keys, slots, blend))
     return steps
 
 
@@ -220,29 +223,43 @@ def _look_ahead_steps(
 ) -> list[Encode | Decode]:
     """Decode a key call, guess the next key's latents with its noise, encode there, interpolate.
 
-    The last segment has no next key, so it extrapolates.
+    The guess holds the noise of the key call, or continues its change over the last two calls. The
+    last segment has no next key, so it extrapolates.
     """
     slots = min(NUM_SLOTS[blend], len(keys))
     steps: list[Encode | Decode] = [_encode(table, 0, 0)]
     for index, (key, following) in enumerate(pairwise(keys)):
-        steps.append(_decode(table, range(key, key + 1), (key,), keys, slots))
-        steps.append(_encode(table, following, (index + 1) % slots, held_from=key))
-        if following > key + 1:
-            steps.append(_decode(table, range(key + 1, following), (key, following), keys, slots))
+        slot, between = (index + 1) % slots, range(key + 1, following)
+        steps.append(_decode(table, range(key, key + 1), (key,), keys, slots, blend))
+        slope = 1.0 if blend == "interpolate-continued" and key else 0.0
+        steps.append(_encode(table, following, slot, _guess(table, following, key, slope)))
+        if between:
+            steps.append(_decode(table, between, (key, following), keys, slots, blend))
         if blend == "interpolate-refresh":
-            steps.append(_encode(table, following, (index + 1) % slots))
-    steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots))
+            steps.append(_encode(table, following, slot))
+    steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots, blend))
     return steps
 
 
-def _encode(table: SolverTable, call: int, slot: int, held_from: int | None = None) -> Encode:
-    """An encoder run at `call`, with the noise of later calls held at that of `held_from`."""
-    row = table.inputs[call].clone()
-    if held_from is not None:
-        first = held_from + 1  # column of eps at held_from
-        row[first] = row[first : call + 1].sum()
-        row[first + 1 : call + 1] = 0
+def _encode(table: SolverTable, call: int, slot: int, row: Tensor | None = None) -> Encode:
+    """An encoder run at `call`, on the solver's latents or on those that `row` guesses."""
+    row = table.inputs[call] if row is None else row
     return Encode(call, table.timesteps[call].item(), tuple(row.tolist()), slot)
+
+
+def _guess(table: SolverTable, call: int, key: int, slope: float) -> Tensor:
+    """Coefficients of the latents at `call` when no noise after `key` is known yet.
+
+    Noise k calls after the key is taken for eps_key + slope * k * (eps_key - eps_{key - 1}).
+    """
+    row = table.inputs[call].clone()
+    unknown = row[key + 2 : call + 1].clone()  # column j + 1 belongs to eps_j
+    continued = slope * (unknown * torch.arange(1, len(unknown) + 1)).sum()
+    row[key + 1] += unknown.sum() + continued
+    if slope:
+        row[key] -= continued
+    row[key + 2 : call + 1] = 0
+    return row
 
 
 def _decode(
@@ -251,12 +268,13 @@ def _decode(
     nodes: tuple[int, ...],
     keys: tuple[int, ...],
     slots: int,
+    blend: Blend,
 ) -> Decode:
     """A decoder run whose weights interpolate the `nodes`, each in the slot of its key call."""
     rows = []
     for call in calls:
         row = [0.0] * slots
-        for node, weight in zip(nodes, lagrange_weights(nodes, call), strict=True):
+        for node, weight in zip(nodes, blend_weights(blend, nodes, call), strict=True):
             row[keys.index(node) % slots] = weight
         rows.append(tuple(row))
     timesteps = tuple(table.timesteps[calls.start : calls.stop].tolist())

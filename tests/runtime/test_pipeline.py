@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from encache.errors import EncacheError
 from encache.model.features import CUTS
+from encache.runtime.blend import BLENDS
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import PAPER_KEY_CALLS
 from tests.conftest import make_pipeline
@@ -160,7 +161,7 @@ def test_blends_equal_encoder_propagation(pipeline, key_calls, blend, order):
 def test_a_blend_is_not_the_full_sampler_but_near(pipeline):
     ours = EncachePipeline.from_pipe(pipeline)
     full = latents(pipeline, num_inference_steps=50)
-    for blend in ("reuse", "extrapolate", "extrapolate2", "interpolate", "interpolate-refresh"):
+    for blend in BLENDS:
         cached = latents(ours, num_inference_steps=50, stride=5, blend=blend)
         error = ((cached - full).norm() / full.norm()).item()
         assert 1e-6 < error < 0.5, blend

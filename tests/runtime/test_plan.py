@@ -85,6 +85,29 @@ def test_look_ahead_holds_the_noise():
     assert not any(guess.row[2:])
 
 
+def test_look_ahead_continues_the_noise():
+    scheduler = solver("dpmsolver++")
+    table = probe_solver(scheduler, 20)
+    plan = make_plan(scheduler, 20, stride=5, blend="interpolate-continued")
+    guess = next(step for step in plan.steps if isinstance(step, Encode) and step.call == 10)
+    history = torch.randn(21, generator=torch.Generator().manual_seed(0))
+    continued = history.clone()  # entry j + 1 is eps_j; eps_5 and eps_4 are known
+    for call in range(6, 10):
+        continued[call + 1] = history[6] + (call - 5) * (history[6] - history[5])
+    expected = table.inputs[10] @ continued
+    assert torch.tensor(guess.row) @ history == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_damping_goes_half_as_far():
+    plain, damped, reuse = (
+        make_plan(solver("ddim"), 20, stride=5, blend=blend)
+        for blend in ("extrapolate", "extrapolate-damped", "reuse")
+    )
+    assert damped.key_calls == plain.key_calls == reuse.key_calls
+    assert plain.steps[3].weights[2] == pytest.approx((-0.4, 1.4))  # call 7 from keys 0 and 5
+    assert damped.steps[3].weights[2] == pytest.approx((-0.2, 1.2))
+
+
 @given(bound=st.integers(1, 12), stride=st.integers(1, 20))
 @settings(max_examples=30, deadline=None)
 def test_splitting_decodes_changes_no_number(bound, stride):
