@@ -119,6 +119,14 @@ def emoji(
     show_default=True,
     help="Side of a pair that is held still; the older is the noisier.",
 )
+@click.option(
+    "--cached-weight",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Also distil the unchanged UNet into calls on extrapolated features, --fcr-stride (or "
+    "--fcr-delta-max) apart.",
+)
 @click.option("--resolution", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--random-flip", is_flag=True, help="Mirror half of the pictures.")
 @click.option(
@@ -191,6 +199,7 @@ def fcr(
     fcr_steps: int,
     fcr_form: Literal["raw", "relative"],
     fcr_stop_grad: Literal["none", "older", "newer"],
+    cached_weight: float,
     resolution: int | None,
     random_flip: bool,
     proportion_empty_prompts: float,
@@ -261,7 +270,16 @@ def fcr(
         checkpoint,
         pipeline,
         pictures,
-        FCR(fcr_weight, delta_max, fcr_form, fcr_stop_grad, cut, snr_gamma),
+        FCR(
+            weight=fcr_weight,
+            delta_max=delta_max,
+            form=fcr_form,
+            stop_grad=fcr_stop_grad,
+            cut=cut,
+            snr_gamma=snr_gamma,
+            cached_weight=cached_weight,
+            cached_stride=delta_max,
+        ),
         Run(
             output=output_dir,
             recipe=Recipe(

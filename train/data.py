@@ -204,6 +204,7 @@ class Example:
     noise: Tensor
     timestep: int
     delta: int
+    place: float
     unreadable: tuple[str, ...]
 
 
@@ -243,11 +244,11 @@ class Steps(Dataset):
         timestep = int(torch.randint(draws.num_timesteps, (), generator=draw))
         delta = int(torch.randint(1, draws.delta_max + 1, (), generator=draw))
         noise = torch.randn(draws.latent_shape, generator=draw)
-        drop, mirror = torch.rand(2, generator=draw).tolist()
+        drop, mirror, place = torch.rand(3, generator=draw).tolist()
         image, caption, unreadable = self._read(draw)
         pixels = to_pixels(image, draws.resolution, draws.flip and mirror < 0.5)
         caption = "" if drop < draws.caption_dropout else caption
-        return Example(pixels, caption, noise, timestep, delta, unreadable)
+        return Example(pixels, caption, noise, timestep, delta, place, unreadable)
 
     def _read(self, draw: torch.Generator) -> tuple[Image.Image, str, tuple[str, ...]]:
         """Draw pictures until one can be read; the names of the others come along."""

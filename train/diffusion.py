@@ -21,6 +21,27 @@ def target(clean: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: Predicti
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
 
 
+def ddim_step(
+    noisy: Tensor, output: Tensor, before: Tensor, after: Tensor, prediction: Prediction
+) -> Tensor:
+    """One deterministic step from alpha_bar `before` [B] to `after` [B] (DDIM, arXiv 2010.02502).
+
+    Args:
+        noisy: x at `before` [B, 4, h, w].
+        output: what the UNet says there.
+        before, after: alpha_bar on both sides.
+        prediction: what `output` is.
+    """
+    a = before.view(-1, 1, 1, 1)
+    if prediction == "epsilon":
+        noise = output
+        clean = (noisy - (1 - a).sqrt() * noise) / a.sqrt()
+    else:
+        noise = a.sqrt() * output + (1 - a).sqrt() * noisy
+        clean = a.sqrt() * noisy - (1 - a).sqrt() * output
+    return add_noise(clean, noise, after)
+
+
 def min_snr_weight(
     alpha_bar: Tensor, gamma: float | None, prediction: Prediction = "epsilon"
 ) -> Tensor:

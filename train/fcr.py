@@ -1,5 +1,6 @@
-"""Feature Consistency Regularization: features that change little from one call to a later one."""
+"""Losses that let the encoder be skipped: consistent features (FCR), and cached distillation."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
-from encache.train.diffusion import Prediction, add_noise, min_snr_weight, target
+from encache.train.diffusion import Prediction, add_noise, ddim_step, min_snr_weight, target
 from encache.train.loop import Losses
 
 Form = Literal["raw", "relative"]
@@ -33,6 +34,8 @@ class FCR:
             "newer", or "none".
         cut: whose features are compared.
         snr_gamma: of the min-SNR weighting; None for none.
+        cached_weight: of `FCRObjective.cached_error`; 0 does without.
+        cached_stride: distance of its key calls in training timesteps.
     """
 
     weight: float = 0.1
@@ -41,16 +44,23 @@ class FCR:
     stop_grad: StopGrad = "none"
     cut: Cut = "up2"
     snr_gamma: float | None = None
+    cached_weight: float = 0.0
+    cached_stride: int = 100
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Clean latents [B, 4, h, w], the noise to add, both timesteps [B], text [B, L, D]."""
+    """Clean latents [B, 4, h, w], the noise to add, timesteps [B], text [B, L, D].
+
+    `deltas` [B] in 1..D_max separates the pairs of FCR; `places` [B] in [0, 1) says where in its
+    segment a cached call lies.
+    """
 
     clean: Tensor
     noise: Tensor
     timesteps: Tensor
     deltas: Tensor
+    places: Tensor
     text: Tensor
 
 
@@ -97,6 +107,10 @@ class FCRObjective(nn.Module):
         self.prediction = prediction
         self.settings = settings
         self.recompute = False
+        # In a list, so that it is no part of this module: never trained, averaged or saved.
+        self._teacher: list[UNet2DConditionModel] = []
+        if settings.cached_weight:
+            self._teacher.append(copy.deepcopy(unet).requires_grad_(False).eval())
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory: keep no activations inside blocks."""
@@ -121,11 +135,51 @@ class FCRObjective(nn.Module):
             newer = split.encoder(self._noised(batch, timesteps), timesteps, batch.text)
             change = consistency(older, newer, settings.form, settings.stop_grad)
             terms["fcr"] = settings.weight * change
+        if settings.cached_weight:
+            terms["cached"] = settings.cached_weight * self.cached_error(split, older, batch)
         sizes = {
             f"mean_square/{feature.name}": mean_square(tensor).detach()
             for feature, tensor in zip(split.features, older, strict=True)
         }
         return Losses(terms, sizes)
+
+    def cached_error(self, split: SplitUNet, older: Sequence[Tensor], batch: NoisedBatch) -> Tensor:
+        """How far a call on extrapolated features is from what the unchanged UNet says there.
+
+        The teacher takes two DDIM steps from x_t, to the next key call and to a call of its
+        segment: these are latents that the sampler really sees. The student decodes that call from
+        the features of both key calls, extrapolated in the timestep, and is compared with the
+        teacher's own prediction.
+        """
+        teacher = self._teacher[0].to(batch.clean.device)
+        stride = self.settings.cached_stride
+        first = batch.timesteps
+        second = (first - stride).clamp(min=0)
+        gap = first - second
+        distance = torch.minimum((batch.places * gap).long(), second)
+        call = second - distance
+        with torch.no_grad():
+            x = self._noised(batch, first)
+            key = self._step(x, teacher(x, first, batch.text).sample, first, second)
+            x = self._step(key, teacher(key, second, batch.text).sample, second, call)
+            wanted = teacher(x, call, batch.text).sample.float()
+        newer = split.encoder(key, second, batch.text)
+        slope = (distance / gap.clamp(min=1)).view(-1, 1, 1, 1)
+        features = [
+            new + slope.to(new.dtype) * (new - old) for old, new in zip(older, newer, strict=True)
+        ]
+        predicted = self._decode(split, features, call, batch.text).float()
+        squared = (predicted - wanted).square().mean(dim=(1, 2, 3))
+        alpha_bar = self.alphas_cumprod[call]
+        weight = min_snr_weight(alpha_bar, self.settings.snr_gamma, self.prediction)
+        return (weight * squared).mean()
+
+    def _step(self, x: Tensor, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        alphas = self.alphas_cumprod
+        stepped = ddim_step(
+            x.float(), output.float(), alphas[before], alphas[after], self.prediction
+        )
+        return stepped.to(x.dtype)
 
     def _noised(self, batch: NoisedBatch, timesteps: Tensor) -> Tensor:
         noised = add_noise(batch.clean, batch.noise, self.alphas_cumprod[timesteps])

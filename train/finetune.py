@@ -170,6 +170,7 @@ class _Preparation:
             noise=torch.stack([one.noise for one in examples]).to(self.device),
             timesteps=torch.tensor([one.timestep for one in examples], device=self.device),
             deltas=torch.tensor([one.delta for one in examples], device=self.device),
+            places=torch.tensor([one.place for one in examples], device=self.device),
             text=self.text_encoder(tokens)[0].float(),
         )
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from encache.train.diffusion import add_noise, min_snr_weight, target
+from encache.train.diffusion import add_noise, ddim_step, min_snr_weight, target
 
 
 @pytest.fixture
@@ -35,3 +35,16 @@ def test_weights_follow_min_snr(drawn, prediction):
     alpha_bar = scheduler.alphas_cumprod[timesteps]
     torch.testing.assert_close(min_snr_weight(alpha_bar, 5.0, prediction), expected)
     assert min_snr_weight(alpha_bar, None).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddim_step_equals_diffusers(drawn, prediction):
+    _, noisy, output, _ = drawn
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction)
+    scheduler.set_timesteps(20)  # 50 training timesteps apart
+    before, after = torch.full((6,), 700), torch.full((6,), 650)
+    alphas = scheduler.alphas_cumprod
+    torch.testing.assert_close(
+        ddim_step(noisy, output, alphas[before], alphas[after], prediction),
+        scheduler.step(output, 700, noisy).prev_sample,
+    )

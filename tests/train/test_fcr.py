@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from encache.model.split import SplitUNet
 from encache.train.fcr import FCR, FCRObjective, NoisedBatch, consistency
 from tests.conftest import TEXT_WIDTH, stable_diffusion_scheduler, tiny_unet
 
@@ -20,6 +21,7 @@ def make_batch(size=3):
         noise=noise,
         timesteps=torch.tensor([900, 300, 40])[:size],
         deltas=torch.tensor([7, 200, 100])[:size],
+        places=torch.tensor([0.0, 0.5, 0.9])[:size],
         text=torch.randn(size, 5, TEXT_WIDTH, generator=generator),
     )
 
@@ -139,3 +141,44 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_one_picture_alone():
     losses = objective()(make_batch(1))
     assert all(torch.isfinite(value) for value in losses.terms.values())
+
+
+def test_cached_error_equals_its_reference():
+    batch = make_batch()
+    model = objective(weight=0.0, cut="mid", cached_weight=0.7, cached_stride=100)
+    model.unet.conv_out.weight.data.mul_(1.1)  # the student has moved away from its teacher
+    split, teacher = SplitUNet(model.unet, "mid"), tiny_unet()
+    expected = []
+    # (older key call, key call, call): the last one is cut off at timestep 0
+    for row, (t, key, s) in enumerate([(900, 800, 800), (300, 200, 150), (40, 0, 0)]):
+        x, text = noised(batch, batch.timesteps)[row : row + 1], batch.text[row : row + 1]
+        x_key = ddim(x, teacher, t, key, text)
+        x_s = ddim(x_key, teacher, key, s, text)
+        older, newer = (
+            split.encoder(latents, torch.tensor([at]), text)
+            for latents, at in ((x, t), (x_key, key))
+        )
+        far = (key - s) / (t - key)
+        mixed = [
+            (-far * old + (1 + far) * new)[None] for old, new in zip(older, newer, strict=True)
+        ]
+        got = split.decoder(mixed, torch.ones(1, 1), torch.tensor([s]), text)
+        wanted = teacher(x_s, s, text).sample
+        expected.append((got - wanted).square().mean())
+    actual = model(batch).terms["cached"]
+    torch.testing.assert_close(actual, 0.7 * torch.stack(expected).mean(), rtol=1e-4, atol=1e-7)
+    actual.backward()
+    assert all(p.grad is not None for p in model.unet.conv_out.parameters())
+
+
+def ddim(x, unet, before, after, text):
+    a, b = ALPHAS[before], ALPHAS[after]
+    noise = unet(x, before, text).sample
+    return b.sqrt() * (x - (1 - a).sqrt() * noise) / a.sqrt() + (1 - b).sqrt() * noise
+
+
+def test_the_teacher_is_no_part_of_the_model():
+    plain, distilled = objective(), objective(cached_weight=1.0)
+    names = [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in distilled.named_parameters()] == names
+    assert distilled.state_dict().keys() == plain.state_dict().keys()

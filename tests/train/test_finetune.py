@@ -148,12 +148,20 @@ def logged(folder):
 
 
 def test_the_log_holds_losses_and_feature_sizes(arguments, tmp_path):
-    train(arguments("out", "--report-to", "tensorboard", "--cut", "mid"))
+    more = ["--report-to", "tensorboard", "--cut", "mid", "--cached-weight", "0.5"]
+    train(arguments("out", *more))
     scalars = logged(tmp_path / "out" / "logs")
-    assert {"denoise", "fcr", "loss", "mean_square/skip_0", "mean_square/hidden"} <= scalars.keys()
+    assert {
+        "denoise",
+        "fcr",
+        "cached",
+        "loss",
+        "mean_square/skip_0",
+        "mean_square/hidden",
+    } <= scalars.keys()
     assert len(scalars["loss"]) == 4
-    for denoise, fcr, loss in zip(*(scalars[n] for n in ("denoise", "fcr", "loss")), strict=True):
-        assert denoise + fcr == pytest.approx(loss, rel=1e-5)
+    terms = zip(scalars["denoise"], scalars["fcr"], scalars["cached"], strict=True)
+    assert [sum(step) for step in terms] == pytest.approx(scalars["loss"], rel=1e-5)
 
 
 def test_a_lora_is_written_for_diffusers_and_folded_in(arguments, tmp_path, model_folder):
