@@ -36,7 +36,13 @@ def test_every_module_can_be_imported():
 
 @pytest.mark.parametrize(
     "module",
-    ["encache", "encache.export.cli", "encache.runtime.cli", "encache.train.cli"],
+    [
+        "encache",
+        "encache.export.cli",
+        "encache.runtime.cli",
+        "encache.train.cli",
+        "encache.evaluate.cli",
+    ],
 )
 def test_light_imports(module):
     heavy = ["torch", "diffusers", "onnxruntime", "onnx", "tensorrt", "transformers"]

@@ -63,11 +63,13 @@ def train_default_model(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    samples = [one.captions[0] for one in concepts[:: max(1, len(concepts) // 32)]][:32]
+    names = list(dict.fromkeys(one.captions[0] for one in concepts))
+    samples = names[:: max(1, len(names) // 32)][:32]
     grid = sample_grid(pipeline, samples, columns=8)
     pipeline.to(torch.float16).save_pretrained(output)
     _load_in_float32(output / "text_encoder" / "config.json")
     grid.save(output / "samples.png")
+    (output / "prompts.txt").write_text("\n".join(names) + "\n")
     return pipeline.to(torch.float32)
 
 

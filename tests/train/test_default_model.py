@@ -115,7 +115,8 @@ def test_the_recipe_writes_a_stable_diffusion_folder(packages, tmp_path):
     assert pipeline.vae.config.scaling_factor == 1.0
     picture = pipeline("red disc", num_inference_steps=2).images[0]
     assert picture.size == (64, 64)
-    assert Image.open(output / "samples.png").size == (8 * 64, 3 * 64)
+    assert Image.open(output / "samples.png").size == (8 * 64, 64)
+    assert (output / "prompts.txt").read_text().split("\n")[0] == "red disc"
     assert {path.name for path in work.iterdir()} == {"autoencoder.pt", "denoiser.pt"}
 
 

@@ -1,0 +1,348 @@
+"""`encache-eval`: what a cached sampler costs and saves, paired with the full one."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from encache.command import Command
+from encache.export.build import BACKENDS, DTYPES
+from encache.model.features import CUTS, Cut
+from encache.runtime.blend import BLENDS, Blend
+from encache.runtime.schedulers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from encache.evaluate.sampling import Evaluation, Model
+    from encache.evaluate.settings import Protocol, Setting
+
+
+@click.command(cls=Command)
+@click.option(
+    "--ckpt",
+    "ckpts",
+    multiple=True,
+    help="diffusers folder, hub id or .safetensors file; several are compared, the first one is "
+    "the reference of all. Default: the model that ships with encache.",
+)
+@click.option("--base", help="diffusers folder or hub id that completes .safetensors files.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="One prompt per line, or COCO's captions (.json). Default: the shipped model's own.",
+)
+@click.option("--num-images", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
+@click.option("--guidance-scale", type=float, help="Default: 7.5, and 2 for the shipped model.")
+@click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option(
+    "--cut", "cuts", type=click.Choice(CUTS), multiple=True, default=("up2",), show_default=True
+)
+@click.option(
+    "--blend",
+    "blends",
+    type=click.Choice(BLENDS),
+    multiple=True,
+    default=("extrapolate", "reuse"),
+    show_default=True,
+)
+@click.option(
+    "--stride",
+    "strides",
+    type=click.IntRange(2),
+    multiple=True,
+    default=(3, 5, 10),
+    show_default=True,
+)
+@click.option("--paper-key-calls", is_flag=True, help="Also Faster Diffusion's list of key calls.")
+@click.option("--prior-noise", is_flag=True, help="Also with prior noise.")
+@click.option(
+    "--plain-steps",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Also the plain sampler with so many steps. Always: as many as each setting's "
+    "arithmetic buys.",
+)
+@click.option(
+    "--reference-steps",
+    type=click.IntRange(1),
+    help="Measure errors against the plain sampler with so many steps, not against --steps.",
+)
+@click.option(
+    "--real",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of real pictures for Frechet distance, precision, recall; with metadata.jsonl "
+    "also retrieval.",
+)
+@click.option(
+    "--extractor",
+    type=click.Choice(("none", "efficientnet-lite0", "inception")),
+    default="none",
+    show_default=True,
+    help="Network whose features are compared; only inception's distance is called FID.",
+)
+@click.option(
+    "--extractor-weights",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Its weights, instead of the installed or downloaded ones.",
+)
+@click.option("--clip", help="CLIP for CLIPScore: folder or hub id.")
+@click.option(
+    "--backend", type=click.Choice(("torch", *BACKENDS)), default="torch", show_default=True
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
+@click.option("--device", help="Of torch. Default: a GPU where there is one.")
+@click.option(
+    "--engine-dir", type=click.Path(path_type=Path), default=Path("engines"), show_default=True
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures at once."
+)
+@click.option("--drift/--no-drift", default=True, show_default=True)
+@click.option(
+    "--grid",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="Prompts shown as pictures.",
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for index.html, report.json and rows.csv; a repeated command goes on.",
+)
+@click.option("--dry-run", is_flag=True, help="List the settings and stop.")
+def main(
+    ckpts: tuple[str, ...],
+    base: str | None,
+    prompts: Path | None,
+    num_images: int,
+    steps: int,
+    scheduler: str | None,
+    guidance_scale: float | None,
+    height: int | None,
+    width: int | None,
+    cuts: tuple[Cut, ...],
+    blends: tuple[Blend, ...],
+    strides: tuple[int, ...],
+    paper_key_calls: bool,
+    prior_noise: bool,
+    plain_steps: tuple[int, ...],
+    reference_steps: int | None,
+    real: Path | None,
+    extractor: Literal["none", "efficientnet-lite0", "inception"],
+    extractor_weights: Path | None,
+    clip: str | None,
+    backend: str,
+    dtype: str,
+    device: str | None,
+    engine_dir: Path,
+    batch_size: int,
+    drift: bool,
+    grid: int,
+    report: Path,
+    dry_run: bool,
+) -> None:
+    """Compare cached sampling with the full sampler and with fewer plain steps, at equal seeds.
+
+    Every checkpoint is sampled with every combination of cut, blend and stride.
+
+    Example: encache-eval --stride 5 --cut mid --cut up2 --report runs/report
+    """
+    shipped = not ckpts
+    if real and extractor == "none":
+        raise click.UsageError("--real needs --extractor.")
+    if prompts is None and not shipped:
+        raise click.UsageError("Give --prompts; only the shipped model has its own.")
+
+    from encache.evaluate import rows
+    from encache.evaluate.report import write_report
+    from encache.evaluate.results import Report
+    from encache.evaluate.settings import Setting, cached_settings
+    from encache.runtime.machine import describe_machine
+    from encache.runtime.plan import paper_key_calls as key_calls_of_paper
+
+    models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
+    evaluation = _open_evaluation(
+        models,
+        _read_protocol(prompts, num_images, guidance_scale, height, width, batch_size, shipped),
+        report / "store",
+        extractor,
+        extractor_weights,
+        clip,
+    )
+    fulls = [Setting(label, scheduler or "", steps) for label in models]
+    first = fulls[0]
+    reference = Setting(first.model, first.scheduler, reference_steps or steps)
+    num_calls = models[first.model].plan(first).num_calls
+    cached = cached_settings(
+        fulls,
+        cuts,
+        blends,
+        strides,
+        [key_calls_of_paper(num_calls)] if paper_key_calls else [],
+        [False, True] if prior_noise else [False],
+    )
+    asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]
+    opponents = [rows.plain_at_equal_arithmetic(evaluation, one) for one in cached]
+    listed = list(dict.fromkeys([reference, *fulls, *asked, *opponents, *cached]))
+    if dry_run:
+        click.echo("\n".join(one.name for one in listed))
+        return
+    _measure(evaluation, listed, reference)
+    pictures = None
+    if real and evaluation.extractor:
+        spec = models[first.model].pipeline(cuts[0]).spec
+        size = height or spec.picture_size, width or spec.picture_size
+        pictures = rows.read_real(real, evaluation.extractor, size, evaluation.store)
+    full_of = {full.model: full for full in fulls}
+    page = write_report(
+        Report(
+            title=f"Cached sampling of {', '.join(models)}",
+            machine=describe_machine(),
+            protocol=_facts(evaluation, reference),
+            rows=tuple(
+                rows.make_row(evaluation, one, reference, full_of[one.model], pictures)
+                for one in listed
+            ),
+            drift=_drift(evaluation, first) if drift else None,
+            grid=_grid(evaluation, listed, grid),
+        ),
+        report,
+    )
+    click.echo(page)
+
+
+def _open_models(
+    ckpts: Sequence[str],
+    base: str | None,
+    backend: str,
+    dtype: str,
+    device: str | None,
+    engine_dir: Path,
+) -> "dict[str, Model]":
+    """The checkpoints by labels that differ."""
+    import torch
+
+    from encache.evaluate.sampling import Backend, Model
+    from encache.model.checkpoint import find_checkpoint
+
+    found = [find_checkpoint(one, base if one else None) for one in ckpts or (None,)]
+    names = [one.name for one in found]
+    labels = [
+        name if names.count(name) == 1 else f"{name}-{index + 1}"
+        for index, name in enumerate(names)
+    ]
+    device = device or ("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
+    chosen = Backend(backend, dtype, device, engine_dir)
+    return {label: Model(one, chosen) for label, one in zip(labels, found, strict=True)}
+
+
+def _read_protocol(
+    prompts: Path | None,
+    num_images: int,
+    guidance_scale: float | None,
+    height: int | None,
+    width: int | None,
+    batch_size: int,
+    shipped: bool,
+) -> "Protocol":
+    from encache.evaluate.settings import Protocol, read_prompts
+    from encache.model.checkpoint import default_model
+    from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
+
+    if guidance_scale is None:
+        guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
+    texts = tuple(read_prompts(prompts or default_model() / "prompts.txt"))
+    return Protocol(texts, num_images, guidance_scale, height, width, batch_size)
+
+
+def _open_evaluation(
+    models: "dict[str, Model]",
+    protocol: "Protocol",
+    store: Path,
+    extractor: Literal["none", "efficientnet-lite0", "inception"],
+    extractor_weights: Path | None,
+    clip: str | None,
+) -> "Evaluation":
+    from encache.evaluate.extractors import load_clip, load_extractor
+    from encache.evaluate.sampling import Evaluation
+    from encache.evaluate.store import Store
+
+    device = next(iter(models.values())).backend.device
+    return Evaluation(
+        models,
+        protocol,
+        Store(store),
+        None if extractor == "none" else load_extractor(extractor, extractor_weights, device),
+        load_clip(clip, device) if clip else None,
+    )
+
+
+def _facts(evaluation: "Evaluation", reference: "Setting") -> dict[str, Any]:
+    """What a reader needs to repeat the evaluation."""
+    protocol, models = evaluation.protocol, evaluation.models
+    backend = models[reference.model].backend
+    return {
+        "prompts": len(protocol.prompts),
+        "pictures": protocol.num_images,
+        "seeds": f"0 to {protocol.num_images - 1}",
+        "guidance scale": protocol.guidance_scale,
+        "reference": reference.name,
+        "extractor": evaluation.extractor.name if evaluation.extractor else "none",
+        "CLIP": evaluation.clip.name if evaluation.clip else "none",
+        "backend": f"{backend.name} {backend.dtype} on {backend.device}",
+        "pictures at once": protocol.batch_size,
+        "checkpoints": {label: one.checkpoint.fingerprint for label, one in models.items()},
+    }
+
+
+def _measure(evaluation: "Evaluation", listed: "Sequence[Setting]", reference: "Setting") -> None:
+    """Batch by batch through all settings, so that an unfinished run has pairs of every one."""
+    from tqdm import tqdm
+
+    batches = evaluation.protocol.batches
+    with tqdm(total=len(listed) * evaluation.protocol.num_images, unit="picture") as bar:
+        for pictures, setting in product(batches, listed):
+            bar.set_description(setting.name[-30:])
+            evaluation.compare(setting, reference, pictures)
+            if evaluation.extractor or evaluation.clip:
+                evaluation.extract(setting, pictures)
+            bar.update(len(pictures))
+
+
+def _drift(evaluation: "Evaluation", full: "Setting") -> Any:
+    from encache.evaluate.drift import measure_drift
+
+    model, protocol = evaluation.models[full.model], evaluation.protocol
+    pipeline = model.pipeline("mid")
+    pipeline.scheduler = model.scheduler(full)
+    seeds = range(min(4, protocol.num_images))
+    return measure_drift(
+        pipeline,
+        protocol.prompts_of(seeds),
+        seeds,
+        height=protocol.height,
+        width=protocol.width,
+        num_inference_steps=full.steps,
+        guidance_scale=protocol.guidance_scale,
+    )
+
+
+def _grid(evaluation: "Evaluation", listed: "Sequence[Setting]", count: int) -> dict[str, Any]:
+    """The first pictures of every setting, by prompt and setting."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    first = evaluation.protocol.batches[0]
+    prompts = evaluation.protocol.prompts_of(first)[:count]
+    grid: dict[str, dict[str, Any]] = {prompt: {} for prompt in prompts}
+    for setting in listed if count else ():
+        pictures = evaluation.pictures(setting, first)[:count].permute(0, 2, 3, 1).numpy()
+        images = VaeImageProcessor.numpy_to_pil(pictures)
+        for prompt, image in zip(prompts, images, strict=True):
+            grid[prompt][setting.name] = image
+    return grid

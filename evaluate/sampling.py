@@ -1,0 +1,220 @@
+"""Draw the protocol's pictures with every setting, and measure each against the full sampler."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encache.evaluate.settings import Protocol, Setting
+from encache.evaluate.store import Arrays, Store
+from encache.model.arithmetic import Arithmetic, count_arithmetic
+from encache.model.checkpoint import Checkpoint, load_pipeline
+from encache.model.features import Cut
+from encache.runtime.engines import TORCH_DTYPES
+from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import Plan, make_plan
+from encache.runtime.schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from encache.evaluate.extractors import ClipScorer, Extractor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs the UNet: "torch" on a device, or "onnxruntime" with engines in a folder."""
+
+    name: str = "torch"
+    dtype: str = "fp32"
+    device: str = "cpu"
+    engine_dir: Path = Path("engines")
+
+
+class Model:
+    """One checkpoint on a backend, opened when it is first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
+        self.checkpoint = checkpoint
+        self.backend = backend
+        self._pipelines: dict[Cut, EncachePipeline] = {}
+        self._arithmetic: dict[tuple[Cut, tuple[int, int]], Arithmetic] = {}
+
+    @cached_property
+    def diffusers(self) -> Any:
+        """The undivided pipeline, on the backend's device."""
+        pipeline = load_pipeline(self.checkpoint, TORCH_DTYPES[self.backend.dtype])
+        return pipeline.to(self.backend.device)
+
+    def pipeline(self, cut: Cut) -> EncachePipeline:
+        """The model at this cut."""
+        if cut not in self._pipelines:
+            self._pipelines[cut] = self._open(cut)
+            self._pipelines[cut].set_progress_bar_config(disable=True)
+        return self._pipelines[cut]
+
+    def _open(self, cut: Cut) -> EncachePipeline:
+        if self.backend.name == "torch":
+            return EncachePipeline.from_pipe(self.diffusers, cut)
+        from encache.export.build import Request, build_engines
+
+        request = Request(self.checkpoint, cut, self.backend.dtype, self.backend.name)
+        return EncachePipeline.from_engines(build_engines(request, self.backend.engine_dir))
+
+    def scheduler(self, setting: Setting) -> Any:
+        """The setting's solver."""
+        own = self.diffusers.scheduler
+        return make_scheduler(setting.scheduler, own) if setting.scheduler else own
+
+    def plan(self, setting: Setting) -> Plan:
+        """What the setting runs."""
+        return make_plan(self.scheduler(setting), setting.steps, **setting.policy)
+
+    def arithmetic(self, cut: Cut, protocol: Protocol) -> Arithmetic:
+        """Of one row of one call."""
+        size = self.pipeline(cut).latent_size(protocol.height, protocol.width)
+        if (cut, size) not in self._arithmetic:
+            length = self.diffusers.tokenizer.model_max_length
+            self._arithmetic[cut, size] = count_arithmetic(
+                self.diffusers.unet.config, cut, *size, length
+            )
+        return self._arithmetic[cut, size]
+
+
+class Evaluation:
+    """The settings' pictures and measurements, batch by batch, kept in a store."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        protocol: Protocol,
+        store: Store,
+        extractor: "Extractor | None" = None,
+        clip: "ClipScorer | None" = None,
+    ) -> None:
+        self.models = models
+        self.protocol = protocol
+        self.store = store
+        self.extractor = extractor
+        self.clip = clip
+
+    def latents(self, setting: Setting, pictures: range) -> Arrays:
+        """`latents` [n, 4, h, w] float32 and `seconds` (of the whole batch) for one batch."""
+        model = self.models[setting.model]
+
+        def draw() -> Arrays:
+            pipeline = model.pipeline(setting.cut)
+            pipeline.scheduler = model.scheduler(setting)
+            start = time.perf_counter()
+            latents = pipeline(
+                self.protocol.prompts_of(pictures),
+                height=self.protocol.height,
+                width=self.protocol.width,
+                num_inference_steps=setting.steps,
+                guidance_scale=self.protocol.guidance_scale,
+                latents=self._noise(pipeline, pictures),
+                output_type="latent",
+                **setting.policy,
+            ).images
+            latents = latents.cpu()  # waits for the device
+            seconds = time.perf_counter() - start
+            return {"latents": latents.numpy(), "seconds": np.array(seconds)}
+
+        return self.store.get(self._describe(setting, pictures), draw)
+
+    def compare(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
+        """How far one batch is from the reference's: `latent_error`, `psnr`, `ssim` [n] each."""
+        description = {
+            "compared": self._describe(setting, pictures),
+            "reference": self._describe(reference, pictures),
+        }
+        return self.store.get(description, lambda: self._compare(setting, reference, pictures))
+
+    def extract(self, setting: Setting, pictures: range) -> Arrays:
+        """What the networks see in one batch, as far as there are any.
+
+        `features` [n, D], `probabilities`, `spatial` of the extractor, `clip_score` [n] of CLIP.
+        """
+        description = {
+            "extracted": self._describe(setting, pictures),
+            "extractor": self.extractor and self.extractor.name,
+            "clip": self.clip and self.clip.name,
+        }
+        return self.store.get(description, lambda: self._extract(setting, pictures))
+
+    def pictures(self, setting: Setting, pictures: range) -> Tensor:
+        """Decoded pictures [n, 3, H, W] in [0, 1] of one batch."""
+        latents = torch.from_numpy(self.latents(setting, pictures)["latents"])
+        pipeline = self.models[setting.model].pipeline(setting.cut)
+        latents = latents.nan_to_num(0, 0, 0).to(pipeline.engines.device)
+        return pipeline.decode(latents, "pt").float().cpu()
+
+    def _compare(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
+        ours, theirs = (self.latents(one, pictures)["latents"] for one in (setting, reference))
+        drawn, wanted = (self.pictures(one, pictures) for one in (setting, reference))
+        return {
+            "latent_error": relative_error(ours, theirs),
+            "psnr": psnr(drawn, wanted).numpy(),
+            "ssim": ssim(drawn, wanted).numpy(),
+        }
+
+    def _extract(self, setting: Setting, pictures: range) -> Arrays:
+        drawn = self.pictures(setting, pictures)
+        found: dict[str, np.ndarray] = {}
+        if self.extractor:
+            extracted = asdict(self.extractor(drawn))
+            found |= {name: one.numpy() for name, one in extracted.items() if one is not None}
+        if self.clip:
+            found["clip_score"] = self.clip(drawn, self.protocol.prompts_of(pictures)).numpy()
+        return found
+
+    def _noise(self, pipeline: EncachePipeline, pictures: range) -> Tensor:
+        """z [n, 4, h, w]; a picture's own seed draws its own, whatever the batch."""
+        shape = pipeline.latent_size(self.protocol.height, self.protocol.width)
+        seeds = (torch.Generator().manual_seed(index) for index in pictures)
+        return torch.stack(
+            [torch.randn(pipeline.spec.channels, *shape, generator=g) for g in seeds]
+        )
+
+    def _describe(self, setting: Setting, pictures: range) -> dict[str, Any]:
+        """All that determines the setting's latents, and not what their model is called."""
+        model = self.models[setting.model]
+        return {
+            "checkpoint": model.checkpoint.fingerprint,
+            "setting": asdict(replace(setting, model="")),
+            "backend": model.backend.name,
+            "dtype": model.backend.dtype,
+            "device": model.backend.device,
+            "prompts": self.protocol.prompts_of(pictures),
+            "seeds": [pictures.start, pictures.stop],
+            "guidance_scale": self.protocol.guidance_scale,
+            "size": [self.protocol.height, self.protocol.width],
+        }
+
+
+def relative_error(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """||x - r||^2 / ||r||^2 per picture [n]; inf where the latents diverged."""
+    axes = (1, 2, 3)
+    error = ((latents - reference) ** 2).sum(axes) / (reference**2).sum(axes)
+    return np.where(np.isfinite(error), error, np.inf)
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB [n] of pictures in [0, 1]; equal ones give 99."""
+    error = (pictures - reference).square().mean(dim=(1, 2, 3))
+    return (-10 * error.log10()).clamp(max=99.0)
+
+
+def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity [n] of pictures in [0, 1] (Wang et al. 2004, 11x11 Gaussian)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    value = structural_similarity_index_measure(
+        pictures, reference, data_range=1.0, reduction="none"
+    )
+    assert isinstance(value, Tensor)
+    return value.reshape(-1)

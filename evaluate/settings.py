@@ -1,0 +1,127 @@
+"""Which ways to sample are compared, and on which prompts and seeds."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from encache.errors import EncacheError
+from encache.model.features import Cut
+from encache.runtime.blend import Blend
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample.
+
+    Attributes:
+        model: label of the checkpoint.
+        scheduler: option name of the solver; "" for the model's own.
+        steps: num_inference_steps.
+        cut, blend, stride, key_calls, prior_noise: the caching policy; stride 1 caches nothing.
+    """
+
+    model: str
+    scheduler: str
+    steps: int
+    cut: Cut = "up2"
+    blend: Blend = "extrapolate"
+    stride: int = 1
+    key_calls: tuple[int, ...] | None = None
+    prior_noise: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the encoder runs at every call."""
+        return self.stride == 1 and self.key_calls is None
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """As arguments for EncachePipeline and make_plan."""
+        return {
+            "stride": self.stride,
+            "key_calls": self.key_calls,
+            "blend": self.blend,
+            "prior_noise": self.prior_noise,
+        }
+
+    @property
+    def name(self) -> str:
+        """What it is, in a few words that differ from those of any other setting."""
+        words = [self.model, self.scheduler, f"{self.steps} steps"]
+        if not self.plain:
+            keys = self.key_calls and "keys " + " ".join(map(str, self.key_calls))
+            words += [self.cut, self.blend, keys or f"stride {self.stride}"]
+        words += ["prior noise"] * self.prior_noise
+        return ", ".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The pictures that every setting draws: number i has prompt i (cyclic) and seed i.
+
+    Attributes:
+        guidance_scale: 1 or less turns guidance off.
+        height, width: in pixels; None for the model's own size.
+        batch_size: pictures sampled together.
+    """
+
+    prompts: tuple[str, ...]
+    num_images: int
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 16
+
+    @property
+    def batches(self) -> list[range]:
+        """Indices of the pictures, batch by batch."""
+        starts = range(0, self.num_images, self.batch_size)
+        return [range(i, min(i + self.batch_size, self.num_images)) for i in starts]
+
+    def prompts_of(self, pictures: range) -> list[str]:
+        """Prompts of the pictures with these indices."""
+        return [self.prompts[index % len(self.prompts)] for index in pictures]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line, or the captions of a COCO annotation file (.json) in a fixed shuffle.
+
+    Raises:
+        EncacheError: there is none, or the file cannot be understood.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            prompts = [one["caption"].strip() for one in json.loads(text)["annotations"]]
+            random.Random(0).shuffle(prompts)
+        else:
+            prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EncacheError(
+            f"{path} is neither UTF-8 text with one prompt per line nor COCO captions ({error})."
+        ) from error
+    if not prompts:
+        raise EncacheError(f"{path} holds no prompt.")
+    return prompts
+
+
+def cached_settings(
+    fulls: Sequence[Setting],
+    cuts: Sequence[Cut],
+    blends: Sequence[Blend],
+    strides: Sequence[int],
+    key_calls: Sequence[tuple[int, ...]] = (),
+    prior_noises: Sequence[bool] = (False,),
+) -> list[Setting]:
+    """Every full sampler with every cut, blend, stride or list of key calls, and noise."""
+    keys = [*((stride, None) for stride in strides), *((1, calls) for calls in key_calls)]
+    return [
+        replace(full, cut=cut, blend=blend, stride=stride, key_calls=calls, prior_noise=prior_noise)
+        for full, cut, blend, prior_noise, (stride, calls) in product(
+            fulls, cuts, blends, prior_noises, keys
+        )
+    ]

@@ -1,0 +1,214 @@
+"""An evaluation against the samplers it stands for, and what a repeated one computes."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch.nn.functional import mse_loss
+
+from encache.errors import EncacheError
+from encache.evaluate.drift import measure_drift
+from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
+from encache.evaluate.sampling import Backend, Evaluation, Model, psnr, relative_error, ssim
+from encache.evaluate.settings import Protocol, Setting, cached_settings, read_prompts
+from encache.evaluate.store import Store
+from encache.model.checkpoint import find_checkpoint
+from encache.model.split import SplitUNet
+from encache.runtime.pipeline import EncachePipeline
+
+FULL = Setting("tiny", "", 10)
+CACHED = Setting("tiny", "", 10, "mid", "reuse", 5)
+PROTOCOL = Protocol(("red apple", "hot dog", "green pear"), 5, 3.0, batch_size=2)
+
+
+@pytest.fixture
+def evaluation(model_folder, tmp_path):
+    model = Model(find_checkpoint(model_folder), Backend())
+    return Evaluation({"tiny": model}, PROTOCOL, Store(tmp_path / "store"))
+
+
+def noise(seed):
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_full_sampler_is_diffusers(evaluation, model_folder):
+    plain = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
+    plain.set_progress_bar_config(disable=True)
+    for pictures in PROTOCOL.batches:
+        drawn = torch.from_numpy(evaluation.latents(FULL, pictures)["latents"])
+        for row, index in enumerate(pictures):
+            expected = plain(
+                PROTOCOL.prompts[index % 3],
+                latents=noise(index),
+                num_inference_steps=10,
+                guidance_scale=3.0,
+                output_type="latent",
+            ).images
+            torch.testing.assert_close(drawn[row : row + 1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_do_not_depend_on_their_batch(evaluation, model_folder, tmp_path):
+    alone = Evaluation(
+        evaluation.models,
+        Protocol(PROTOCOL.prompts, 5, 3.0, batch_size=1),
+        Store(tmp_path / "other"),
+    )
+    together = evaluation.latents(CACHED, range(2, 4))["latents"]
+    for row, index in enumerate((2, 3)):
+        single = alone.latents(CACHED, range(index, index + 1))["latents"]
+        np.testing.assert_allclose(single[0], together[row], rtol=1e-3, atol=1e-3)
+
+
+def test_comparison_follows_its_formulas(evaluation):
+    pictures = PROTOCOL.batches[0]
+    ours, theirs = (evaluation.latents(one, pictures)["latents"] for one in (CACHED, FULL))
+    drawn, wanted = (evaluation.pictures(one, pictures) for one in (CACHED, FULL))
+    compared = evaluation.compare(CACHED, FULL, pictures)
+    for row in range(2):
+        error = np.sum((ours[row] - theirs[row]) ** 2) / np.sum(theirs[row] ** 2)
+        assert compared["latent_error"][row] == pytest.approx(error, rel=1e-5)
+        decibels = 10 * np.log10(1 / mse_loss(drawn[row], wanted[row]).item())
+        assert compared["psnr"][row] == pytest.approx(decibels, rel=1e-4)
+    assert (evaluation.compare(FULL, FULL, pictures)["latent_error"] == 0).all()
+    assert (evaluation.compare(FULL, FULL, pictures)["ssim"] > 0.9999).all()
+
+
+def test_ssim_of_known_pictures():
+    torch.manual_seed(0)
+    pictures = torch.rand(2, 3, 32, 32)
+    assert ssim(pictures, pictures).tolist() == pytest.approx([1.0, 1.0])
+    constant = torch.full((1, 3, 32, 32), 0.5)
+    # Two constants differ in luminance alone: (2ab + c) / (a^2 + b^2 + c) with c = 0.01^2.
+    expected = (2 * 0.5 * 0.25 + 1e-4) / (0.5**2 + 0.25**2 + 1e-4)
+    assert ssim(constant, constant / 2).tolist() == pytest.approx([expected], rel=1e-3)
+    assert psnr(constant, constant).tolist() == [99.0]
+
+
+def test_divergence_is_infinite_error():
+    reference = np.ones((2, 4, 8, 8), np.float32)
+    broken = reference.copy()
+    broken[0, 0, 0, 0] = np.nan
+    assert relative_error(broken, reference).tolist() == [np.inf, 0.0]
+
+
+def test_a_repeated_evaluation_draws_nothing(evaluation, monkeypatch):
+    first = [evaluation.compare(CACHED, FULL, one) for one in PROTOCOL.batches]
+    monkeypatch.setattr(Model, "pipeline", None)  # any drawing would fail
+    again = [evaluation.compare(CACHED, FULL, one) for one in PROTOCOL.batches]
+    for left, right in zip(first, again, strict=True):
+        assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_a_damaged_result_is_made_anew(tmp_path):
+    store = Store(tmp_path)
+    made = store.get({"what": 1}, lambda: {"x": np.arange(3)})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    again = store.get({"what": 1}, lambda: {"x": np.arange(3)})
+    assert np.array_equal(made["x"], again["x"])
+    kept = store.get({"what": 1}, lambda: {"x": np.zeros(1)})
+    assert np.array_equal(kept["x"], np.arange(3))
+    other = store.get({"what": 2}, lambda: {"x": np.zeros(1)})
+    assert len(other["x"]) == 1
+
+
+def test_nothing_pickled_is_read_from_the_store(tmp_path):
+    store = Store(tmp_path)
+    store.get({"what": 1}, lambda: {"x": np.arange(3)})
+    (path,) = tmp_path.iterdir()
+    np.savez(path, x=np.array([{"code": print}], dtype=object))
+    assert np.array_equal(store.get({"what": 1}, lambda: {"x": np.ones(1)})["x"], [1.0])
+
+
+def test_a_row_counts_what_its_plan_runs(evaluation):
+    row = make_row(evaluation, CACHED, FULL, FULL, None)
+    arithmetic = evaluation.models["tiny"].arithmetic("mid", PROTOCOL)
+    assert (row.encoder_runs, row.num_calls, row.key_calls) == (2, 10, (0, 5))
+    # Two rows per picture: with the prompt and without.
+    assert row.gflop == pytest.approx(2 * (2 * arithmetic.encoder + 10 * arithmetic.decoder))
+    assert row.share == pytest.approx(row.gflop / (20 * arithmetic.full))
+    assert row.latent_error.low <= row.latent_error.mean <= row.latent_error.high
+    assert row.num_images == 5
+    full = make_row(evaluation, FULL, FULL, FULL, None)
+    assert (full.share, full.latent_error, full.plain) == (1.0, None, True)
+
+
+def test_the_opponent_has_at_most_the_same_arithmetic(evaluation):
+    for setting in (CACHED, Setting("tiny", "", 10, "up2", "extrapolate", 3)):
+        opponent = plain_at_equal_arithmetic(evaluation, setting)
+        ours, theirs = (
+            make_row(evaluation, one, FULL, FULL, None).gflop for one in (setting, opponent)
+        )
+        one_more = theirs * (opponent.steps + 1) / opponent.steps
+        assert theirs <= ours * (1 + 1e-6) < one_more * (1 + 1e-6)
+
+
+def test_drift_equals_features_of_a_stepped_sampler(model_folder):
+    plain = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
+    plain.set_progress_bar_config(disable=True)
+    drift = measure_drift(
+        EncachePipeline.from_pipe(plain, "mid"),
+        ["red apple"],
+        [0],
+        num_inference_steps=6,
+        guidance_scale=1.0,
+    )
+    split, text = SplitUNet(plain.unet, "mid"), plain.encode_prompt("red apple", "cpu", 1, False)[0]
+    scheduler, latents, features = plain.scheduler, noise(0), []
+    scheduler.set_timesteps(6)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            features.append(split.encoder(latents, timestep[None], text))
+            output = plain.unet(latents, timestep, text).sample
+            latents = scheduler.step(output, timestep, latents).prev_sample
+    assert drift.lags == (1, 2, 3, 5)
+    for index, feature in enumerate(split.features):
+        tensors = [one[index] for one in features]
+        changes = [
+            ((now - before) ** 2).sum().item() / (now**2).sum().item()
+            for before, now in zip(tensors[:-2], tensors[2:], strict=True)
+        ]
+        assert drift.by_tensor[feature.name][1] == pytest.approx(np.mean(changes), rel=1e-3)
+        assert len(drift.by_call[feature.name]) == 5
+
+
+def test_prompts_and_seeds_repeat():
+    assert PROTOCOL.batches == [range(0, 2), range(2, 4), range(4, 5)]
+    assert PROTOCOL.prompts_of(range(2, 5)) == ["green pear", "red apple", "hot dog"]
+
+
+def test_names_tell_settings_apart():
+    settings = [
+        FULL,
+        CACHED,
+        Setting("tiny", "dpmsolver++", 10),
+        Setting("tiny", "", 10, "mid", "reuse", 1, (0, 3)),
+        Setting("tiny", "", 10, "mid", "reuse", 5, prior_noise=True),
+        Setting("tiny", "", 10, "up2", "reuse", 5),
+    ]
+    assert len({one.name for one in settings}) == len(settings)
+    assert FULL.plain
+    assert not settings[3].plain
+
+
+def test_settings_are_a_product():
+    listed = cached_settings([FULL], ["mid", "up2"], ["reuse"], [5], [(0, 3)], [False, True])
+    assert len(set(listed)) == 8
+    assert {one.key_calls for one in listed} == {None, (0, 3)}
+    assert not any(one.plain for one in listed)
+
+
+def test_reading_prompts(tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("red apple\n\n  hot dog \n")
+    assert read_prompts(lines) == ["red apple", "hot dog"]
+    coco = tmp_path / "captions.json"
+    coco.write_text('{"annotations": [{"caption": "A cat. "}, {"caption": "A dog."}]}')
+    assert sorted(read_prompts(coco)) == ["A cat.", "A dog."]
+    for text in ("", "\n\n"):
+        lines.write_text(text)
+        with pytest.raises(EncacheError, match="no prompt"):
+            read_prompts(lines)
+    coco.write_text('{"images": []}')
+    with pytest.raises(EncacheError, match="COCO"):
+        read_prompts(coco)
