@@ -64,7 +64,7 @@ tr.plain > * { background: var(--tint); }
 .grid td { padding: .3rem; }
 .grid img { display: block; width: 100%; min-width: 6.4rem; height: auto; border-radius: 4px; }
 .grid img.small { image-rendering: pixelated; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .25rem 1rem;
+dl { display: grid; grid-template-columns: fit-content(38%) 1fr; gap: .25rem 1rem;
   font-size: .88rem; margin: .6rem 0; }
 dt { color: var(--soft); }
 dd { margin: 0; }
