@@ -5,22 +5,24 @@ little. It also shows which tensors spoil it.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from encache.evaluate.results import Drift
+from encache.runtime.engines import Engines, allocate_ring
 from encache.runtime.pipeline import EncachePipeline
 
 LAGS = (1, 2, 3, 5, 10)
 
 
 class _Watch:
-    """Engines that hand every freshly encoded feature to a listener."""
+    """Engines that hand every encoder run to a listener."""
 
-    def __init__(self, engines: Any, listen: Any) -> None:
+    def __init__(self, engines: Engines, listen: Callable[..., None]) -> None:
         self._engines = engines
         self._listen = listen
 
@@ -31,7 +33,42 @@ class _Watch:
         self, latents: Tensor, timestep: Tensor, text: Tensor, ring: Sequence[Tensor], slot: int
     ) -> None:
         self._engines.encode(latents, timestep, text, ring, slot)
-        self._listen([tensor[slot].clone() for tensor in ring])
+        self._listen(latents, timestep, text, [tensor[slot].clone() for tensor in ring])
+
+
+class _Comparison:
+    """Compares the features of each call, as it comes, with those of the calls before."""
+
+    def __init__(self, engines: Engines) -> None:
+        self.engines = engines
+        self.names = [feature.name for feature in engines.features]
+        self.recent: deque[list[Tensor]] = deque(maxlen=max(LAGS) + 1)
+        self.latents: Tensor | None = None
+        self.changes: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.by_time: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, features: list[Tensor]
+    ) -> None:
+        if self.latents is not None:
+            ring = allocate_ring(self.engines, 1, len(latents), *latents.shape[2:])
+            self.engines.encode(self.latents, timestep, text, ring, 0)
+            for name, now, before in zip(self.names, ring, self.recent[-1], strict=True):
+                self.by_time[name].append(relative_change(now[0], before))
+        self.recent.append(features)
+        self.latents = latents
+        for lag in LAGS:
+            if lag < len(self.recent):
+                for name, now, before in zip(
+                    self.names, features, self.recent[-1 - lag], strict=True
+                ):
+                    self.changes[name, lag].append(relative_change(now, before))
+
+
+def relative_change(now: Tensor, before: Tensor) -> float:
+    """||now - before||^2 / ||now||^2 over all elements."""
+    change = (now - before).float().square().sum() / now.float().square().sum()
+    return change.item()
 
 
 def measure_drift(
@@ -39,37 +76,24 @@ def measure_drift(
 ) -> Drift:
     """Sample in full and compare each call's features with those of later calls.
 
-    The difference of calls k and k + d is ||F_{k+d} - F_k||^2 / ||F_{k+d}||^2 over the whole batch.
-
     Args:
         pipeline: its cut decides which features exist.
-        prompts, seeds: one picture each.
+        prompts, seeds: one picture each; changes are summed over them.
         call: arguments for the pipeline, such as num_inference_steps and guidance_scale.
     """
-    names = [feature.name for feature in pipeline.engines.features]
-    recent: deque[list[Tensor]] = deque(maxlen=max(LAGS) + 1)
-    changes: Mapping[tuple[str, int], list[float]] = defaultdict(list)
-
-    def listen(features: list[Tensor]) -> None:
-        recent.append(features)
-        for lag in LAGS:
-            if lag < len(recent):
-                for name, now, before in zip(names, features, recent[-1 - lag], strict=True):
-                    change = (now - before).float().square().sum() / now.float().square().sum()
-                    changes[name, lag].append(change.item())
-
+    compare = _Comparison(pipeline.engines)
     watched = EncachePipeline(
-        _Watch(pipeline.engines, listen), pipeline.tokenizer, pipeline.scheduler, pipeline.spec
+        _Watch(pipeline.engines, compare), pipeline.tokenizer, pipeline.scheduler, pipeline.spec
     )
     watched.set_progress_bar_config(desc="drift")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     watched(list(prompts), generator=generators, output_type="latent", stride=1, **call)
-    lags = tuple(lag for lag in LAGS if changes[names[0], lag])
+    lags = tuple(lag for lag in LAGS if compare.changes[compare.names[0], lag])
     return Drift(
         lags=lags,
         by_tensor={
-            name: tuple(sum(changes[name, lag]) / len(changes[name, lag]) for lag in lags)
-            for name in names
+            name: tuple(fmean(compare.changes[name, lag]) for lag in lags) for name in compare.names
         },
-        by_call={name: tuple(changes[name, 1]) for name in names},
+        by_call={name: tuple(compare.changes[name, 1]) for name in compare.names},
+        by_time={name: tuple(compare.by_time[name]) for name in compare.names},
     )

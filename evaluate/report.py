@@ -129,11 +129,11 @@ def _read_row(content: dict[str, Any]) -> Row:
 
 
 def _read_drift(content: dict[str, Any]) -> Drift:
-    return Drift(
-        lags=tuple(content["lags"]),
-        by_tensor={name: tuple(map(_number, xs)) for name, xs in content["by_tensor"].items()},
-        by_call={name: tuple(map(_number, xs)) for name, xs in content["by_call"].items()},
-    )
+    curves = {
+        field: {name: tuple(map(_number, xs)) for name, xs in content[field].items()}
+        for field in ("by_tensor", "by_call", "by_time")
+    }
+    return Drift(lags=tuple(content["lags"]), **curves)
 
 
 def _number(value: float | None) -> float:

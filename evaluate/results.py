@@ -105,11 +105,13 @@ class Drift:
         by_tensor: for each feature the difference of calls k and k + d, one number per lag, mean
             over k.
         by_call: for each feature the difference of calls k and k + 1, one number per k.
+        by_time: the same if only the timestep moves on and the latents stay those of call k.
     """
 
     lags: tuple[int, ...]
     by_tensor: Mapping[str, tuple[float, ...]]
     by_call: Mapping[str, tuple[float, ...]]
+    by_time: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ def cached(name, share, error, **changes):
 
 GOOD, BAD = cached("good", 0.404, 0.001), cached("bad", 0.41, 0.05, psnr=interval(30.0))
 ROWS = (FULL, plain(25, 0.002), plain(20, 0.005), plain(10, 0.1), GOOD, BAD)
-DRIFT = Drift((1, 5), {"skip_0": (0.1, 0.2)}, {"skip_0": (0.3, 0.2, 0.1)})
+DRIFT = Drift(
+    (1, 5), {"skip_0": (0.1, 0.2)}, {"skip_0": (0.3, 0.2, 0.1)}, {"skip_0": (0.1, 0.1, 0.0)}
+)
 
 
 def report(rows=ROWS, **changes):
@@ -137,7 +139,7 @@ def test_divergence_is_named_everywhere(number):
 
 def test_divergence_survives_reading(tmp_path):
     lost = cached("lost", 0.3, 1.0, latent_error=Interval(math.inf, math.nan, math.nan))
-    drift = Drift((1, 5), {"mid": (0.1, math.nan)}, {"mid": (math.inf,)})
+    drift = Drift((1, 5), {"mid": (0.1, math.nan)}, {"mid": (math.inf,)}, {"mid": (0.1,)})
     read = read_report(write_report(report([FULL, lost], drift=drift), tmp_path).parent)
     assert read.rows[1].diverged
     assert math.isnan(read.drift.by_tensor["mid"][1])
@@ -263,8 +265,8 @@ def test_numbers_are_short(value, text):
 
 def test_only_positive_finite_errors_are_plotted():
     exact = cached("stride 1", 0.9, 0.0)
-    assert render(report((FULL, exact))).count("<svg") == 2  # only those of the drift
-    assert render(report()).count("<svg") == 4
+    assert render(report((FULL, exact))).count("<svg") == 3  # only those of the drift
+    assert render(report()).count("<svg") == 5
 
 
 def test_names_are_not_mathematics_nor_markup_in_plots():

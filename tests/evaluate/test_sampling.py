@@ -154,11 +154,14 @@ def test_drift_equals_features_of_a_stepped_sampler(model_folder):
         guidance_scale=1.0,
     )
     split, text = SplitUNet(plain.unet, "mid"), plain.encode_prompt("red apple", "cpu", 1, False)[0]
-    scheduler, latents, features = plain.scheduler, noise(0), []
+    scheduler, latents, features, moved = plain.scheduler, noise(0), [], []
     scheduler.set_timesteps(6)
+    following = [*scheduler.timesteps[1:], None]
     with torch.no_grad():
-        for timestep in scheduler.timesteps:
+        for timestep, later in zip(scheduler.timesteps, following, strict=True):
             features.append(split.encoder(latents, timestep[None], text))
+            if later is not None:
+                moved.append(split.encoder(latents, later[None], text))
             output = plain.unet(latents, timestep, text).sample
             latents = scheduler.step(output, timestep, latents).prev_sample
     assert drift.lags == (1, 2, 3, 5)
@@ -170,6 +173,11 @@ def test_drift_equals_features_of_a_stepped_sampler(model_folder):
         ]
         assert drift.by_tensor[feature.name][1] == pytest.approx(np.mean(changes), rel=1e-3)
         assert len(drift.by_call[feature.name]) == 5
+        by_time = [
+            ((now[index] - before[index]) ** 2).sum().item() / (now[index] ** 2).sum().item()
+            for now, before in zip(moved, features[:-1], strict=True)
+        ]
+        assert drift.by_time[feature.name] == pytest.approx(by_time, rel=1e-3)
 
 
 def test_prompts_and_seeds_repeat():
