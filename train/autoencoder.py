@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from encache.train.loop import Losses, Recipe, fit, step_generators
+from encache.train.loop import Losses, Recipe, digest, fit, step_generators
 
 RECIPE = Recipe(steps=3000, learning_rate=2e-3, weight_decay=1e-4, ema_decay=0.995)
 BATCH_SIZE = 16
@@ -62,7 +62,15 @@ def train_autoencoder(
         error = decoded - batch
         return Losses({"l1": error.abs().mean(), "l2": error.square().mean(), "kl": KL_WEIGHT * kl})
 
-    fit(Reconstruct(autoencoder), step_generators(seed), compute_losses, recipe, checkpoint)
+    identity = {"images": digest(images), "seed": seed}
+    fit(
+        Reconstruct(autoencoder),
+        step_generators(seed),
+        compute_losses,
+        recipe,
+        checkpoint,
+        identity=identity,
+    )
     autoencoder.cpu()
     standardise(autoencoder, encode(autoencoder, images))
     return autoencoder

@@ -105,9 +105,7 @@ def emoji(
 @click.option(
     "--fcr-steps",
     type=click.IntRange(1),
-    default=50,
-    show_default=True,
-    help="Sampling steps that --fcr-stride counts in.",
+    help="Sampling steps that --fcr-stride counts in. Default: 50.",
 )
 @click.option(
     "--fcr-form", type=click.Choice(("raw", "relative")), default="raw", show_default=True
@@ -145,8 +143,18 @@ def emoji(
 @click.option("--lr-warmup-steps", type=click.IntRange(0), default=100, show_default=True)
 @click.option("--adam-weight-decay", type=click.FloatRange(0), default=1e-2, show_default=True)
 @click.option("--use-8bit-adam", is_flag=True, help="Needs bitsandbytes and a CUDA GPU.")
-@click.option("--max-grad-norm", type=click.FloatRange(0), default=1.0, show_default=True)
-@click.option("--snr-gamma", type=click.FloatRange(0), help="min-SNR weighting; 5 is usual.")
+@click.option(
+    "--max-grad-norm",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="0 clips nothing.",
+)
+@click.option(
+    "--snr-gamma",
+    type=click.FloatRange(0, min_open=True),
+    help="min-SNR weighting; 5 is usual. Default: none.",
+)
 @click.option(
     "--ema-decay",
     type=click.FloatRange(0, 1),
@@ -165,8 +173,7 @@ def emoji(
 @click.option(
     "--mixed-precision",
     type=click.Choice(("no", "fp16", "bf16")),
-    default="no",
-    show_default=True,
+    help="Default: accelerate's configuration, or no.",
 )
 @click.option("--checkpointing-steps", type=click.IntRange(1), default=250, show_default=True)
 @click.option(
@@ -196,7 +203,7 @@ def fcr(
     fcr_weight: float,
     fcr_delta_max: int | None,
     fcr_stride: int | None,
-    fcr_steps: int,
+    fcr_steps: int | None,
     fcr_form: Literal["raw", "relative"],
     fcr_stop_grad: Literal["none", "older", "newer"],
     cached_weight: float,
@@ -216,7 +223,7 @@ def fcr(
     ema_decay: float,
     rank: int,
     gradient_checkpointing: bool,
-    mixed_precision: str,
+    mixed_precision: str | None,
     checkpointing_steps: int,
     resume_from_checkpoint: str,
     report_to: str,
@@ -236,6 +243,13 @@ def fcr(
     """
     if fcr_stride and fcr_delta_max:
         raise click.UsageError("Give either --fcr-delta-max or --fcr-stride.")
+    if fcr_steps and not fcr_stride:
+        raise click.UsageError("--fcr-steps means nothing without --fcr-stride.")
+    if cached_weight and not (fcr_stride or fcr_delta_max):
+        raise click.UsageError(
+            "--cached-weight needs the distance of key calls: give --fcr-stride, or "
+            "--fcr-delta-max in training timesteps."
+        )
 
     import torch
     from accelerate import Accelerator
@@ -261,11 +275,15 @@ def fcr(
             project_dir=output_dir / "logs",
         )
     except ValueError as error:
-        raise click.UsageError(f"--mixed-precision {mixed_precision}: {error}") from error
+        raise click.UsageError(f"--mixed-precision {mixed_precision or ''}: {error}") from error
     pipeline = load_pipeline(checkpoint)
     delta_max = fcr_delta_max or 10
     if fcr_stride:
-        delta_max = fcr_stride * len(pipeline.scheduler.alphas_cumprod) // fcr_steps
+        delta_max = fcr_stride * len(pipeline.scheduler.alphas_cumprod) // (fcr_steps or 50)
+    if delta_max < 1:
+        raise click.UsageError(
+            f"--fcr-stride {fcr_stride} of {fcr_steps} steps is less than one training timestep."
+        )
     path = fine_tune(
         checkpoint,
         pipeline,

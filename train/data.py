@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,12 +27,14 @@ class Pictures(Protocol):
     """A set of captioned pictures with random access.
 
     Attributes:
-        names: one per picture, for messages and the fingerprint.
+        names: one per picture, for messages.
         num_without_caption: pictures that were left out.
+        fingerprint: sha256 over names and captions (of shards: sizes), not over the pictures.
     """
 
     names: list[str]
     num_without_caption: int
+    fingerprint: str
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """Picture `index` in RGB and a caption; what varies is drawn.
@@ -47,11 +49,13 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        rows = [_parse(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-        captioned = [row for row in rows if row.get("file_name") and row.get("text")]
-        self.names = [row["file_name"] for row in captioned]
-        self.captions = [row["text"] for row in captioned]
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [_parse(line) for line in lines]
+        captioned = [row for row in rows if row]
+        self.names = [name for name, _ in captioned]
+        self.captions = [caption for _, caption in captioned]
         self.num_without_caption = len(rows) - len(captioned)
+        self.fingerprint = _digest(f"{name} {caption}" for name, caption in captioned)
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
@@ -59,12 +63,22 @@ class ImageFolder:
             return image.convert("RGB"), self.captions[index]
 
 
-def _parse(line: str) -> dict:
+def _parse(line: str) -> tuple[str, str] | None:
+    """File name and caption of a line of metadata.jsonl, if it has both."""
     try:
         row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
+        name, caption = row["file_name"], row["text"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (name, caption) if _is_text(name) and _is_text(caption) else None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Shards:
@@ -85,8 +99,12 @@ class Shards:
                 if not members.keys() & {"txt", "json"}:
                     self.num_without_caption += 1
                     continue
-                self.names.append(f"{shard.name}:{key}")
+                self.names.append(f"{shard.name}:{key.lstrip('./')}")
                 self._places.append((shard, members))
+        sizes = ([size for _, size in members.values()] for _, members in self._places)
+        self.fingerprint = _digest(
+            f"{name} {size}" for name, size in zip(self.names, sizes, strict=True)
+        )
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
@@ -96,7 +114,10 @@ class Shards:
             picture = image.convert("RGB")
         if "txt" in members:
             return picture, _read_member(shard, members["txt"]).decode().strip()
-        return picture, str(json.loads(_read_member(shard, members["json"]))["caption"])
+        caption = json.loads(_read_member(shard, members["json"]))["caption"]
+        if not _is_text(caption):
+            raise ValueError("no caption")
+        return picture, caption
 
 
 _PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
@@ -108,7 +129,9 @@ def _list_members(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                key, _, suffix = member.name.partition(".")
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                key = f"{folder}/{stem}"
                 place = (member.offset_data, member.size)
                 samples.setdefault(key, {})[suffix.lower()] = place
     except tarfile.TarError as error:
@@ -133,6 +156,7 @@ class EmojiPictures:
         self.emoji = emoji.read_emoji(folder, emoji.CONCEPT_CATEGORIES)
         self.names = [f"{one.image.parent.name}/{one.image.name}" for one in self.emoji]
         self.num_without_caption = 0
+        self.fingerprint = _digest(f"{one.image.name} {one.captions}" for one in self.emoji)
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
@@ -165,11 +189,6 @@ def open_pictures(folder: Path) -> Pictures:
             f"{folder} holds no picture with a caption ({pictures.num_without_caption} without)."
         )
     return pictures
-
-
-def fingerprint(pictures: Pictures) -> str:
-    """sha256 over the names of all pictures: says which set, not what is in the files."""
-    return hashlib.sha256("\n".join(pictures.names).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -268,7 +287,11 @@ class Steps(Dataset):
 def batches(steps: Steps, start: int, num_workers: int) -> Iterator[list[Example]]:
     """Read the batches from step `start` on, ahead of their use when there are workers."""
     endless = _CountFrom(start * steps.accumulation)
-    return iter(DataLoader(steps, batch_size=None, sampler=endless, num_workers=num_workers))
+    loader = DataLoader(steps, batch_size=None, sampler=endless, num_workers=num_workers)
+    try:
+        yield from loader
+    except EncacheError as error:  # a worker's comes with its whole traceback as the message
+        raise EncacheError(str(error).rpartition("EncacheError: ")[2].strip()) from error
 
 
 class _CountFrom:

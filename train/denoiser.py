@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from encache.train.diffusion import add_noise, min_snr_weight
-from encache.train.loop import Losses, Recipe, fit, step_generators
+from encache.train.loop import Losses, Recipe, digest, fit, step_generators
 from encache.train.text import MAX_TOKENS, make_text_encoder
 
 RECIPE = Recipe(steps=8000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
@@ -98,7 +98,8 @@ def train_denoiser(
         weight = min_snr_weight(alphas_cumprod[timesteps], MIN_SNR_GAMMA).to(device)
         return Losses({"denoise": (weight * squared).mean()})
 
-    fit(model, step_generators(seed), compute_losses, recipe, checkpoint)
+    identity = {"latents": digest(data.latents), "vocabulary": len(tokenizer), "seed": seed}
+    fit(model, step_generators(seed), compute_losses, recipe, checkpoint, identity=identity)
     return model.cpu()
 
 

@@ -146,7 +146,7 @@ def load_posed_images(
 
 
 def load_posed_image(emoji: Emoji, generator: torch.Generator) -> Image.Image:
-    """Read the picture mirrored or not, turned by up to 10 degrees, shrunk by up to 0.7, shifted.
+    """Read the picture mirrored or not, turned by up to 5 degrees, shrunk to 0.85 at least, shifted.
 
     Poses give a caption as many pictures as it has in life: without them a small model learns its
     few pictures by heart, and sampling it becomes easier than sampling anything that people use.
@@ -156,10 +156,10 @@ def load_posed_image(emoji: Emoji, generator: torch.Generator) -> Image.Image:
 
 def _pose(image: Image.Image, generator: torch.Generator) -> Image.Image:
     mirror, turn, shrink, right, down = torch.rand(5, generator=generator).tolist()
-    side = round(SIZE * (1 - 0.3 * shrink))
+    side = round(SIZE * (1 - 0.15 * shrink))
     if mirror < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    angle = 20 * turn - 10
+    angle = 10 * turn - 5
     image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
     image = image.resize((side, side), Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", (SIZE, SIZE), "white")

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,8 +17,6 @@ from encache.train.loop import Losses
 
 Form = Literal["raw", "relative"]
 StopGrad = Literal["none", "older", "newer"]
-FORMS: tuple[Form, ...] = get_args(Form)
-STOP_GRADS: tuple[StopGrad, ...] = get_args(StopGrad)
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class FCR:
     Attributes:
         weight: lambda; 0 is plain fine-tuning and costs no second encoder run.
         delta_max: D_max in training timesteps.
-        form: "raw" squared differences, or "relative" to each tensor's own mean square, which
-            shrinking the features cannot lower.
+        form: "raw" squared differences, or "relative" to each picture's own mean square, so that
+            shrinking the features lowers neither the loss nor has a gradient.
         stop_grad: which side is held still: the "older" (noisier, the key call in sampling), the
             "newer", or "none".
         cut: whose features are compared.
@@ -67,7 +65,11 @@ class NoisedBatch:
 def consistency(
     older: Sequence[Tensor], newer: Sequence[Tensor], form: Form, stop_grad: StopGrad
 ) -> Tensor:
-    """Mean over the tensors that cross the cut of their mean squared difference.
+    """Mean over pictures and over the tensors that cross the cut of their mean squared difference.
+
+    The relative form divides by the mean square of both sides and lets the gradient through the
+    divisor: with a detached one the loss keeps its value when features shrink, but its gradient
+    still shrinks them.
 
     Args:
         older, newer: features of the same pictures at t and at t - D, each [B, C, h', w'].
@@ -76,17 +78,18 @@ def consistency(
     """
     differences = []
     for old, new in zip(older, newer, strict=True):
-        old, new = old.float(), new.float()
-        scale = mean_square(old, new).detach() if form == "relative" else 1.0
         old = old.detach() if stop_grad == "older" else old
         new = new.detach() if stop_grad == "newer" else new
-        differences.append((old - new).square().mean() / scale)
+        change = mean_square(old - new)
+        if form == "relative":
+            change = 2 * change / (mean_square(old) + mean_square(new))
+        differences.append(change.mean())
     return torch.stack(differences).mean()
 
 
-def mean_square(*tensors: Tensor) -> Tensor:
-    """Mean over the tensors of their mean square."""
-    return torch.stack([tensor.float().square().mean() for tensor in tensors]).mean()
+def mean_square(tensor: Tensor) -> Tensor:
+    """Mean square of every picture's features [B, C, h', w'] -> [B], in float32."""
+    return tensor.float().square().mean(dim=(1, 2, 3))
 
 
 class FCRObjective(nn.Module):
@@ -113,7 +116,7 @@ class FCRObjective(nn.Module):
             self._teacher.append(copy.deepcopy(unet).requires_grad_(False).eval())
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory: keep no activations inside blocks."""
+        """Trade time for memory: keep no activations inside the halves, nor inside blocks."""
         self.unet.enable_gradient_checkpointing()
         self.recompute = True
 
@@ -122,7 +125,9 @@ class FCRObjective(nn.Module):
         settings = self.settings
         # Made anew because it holds no state, and a copy of this module must split its own UNet.
         split = SplitUNet(self.unet, settings.cut)
-        older = split.encoder(self._noised(batch, batch.timesteps), batch.timesteps, batch.text)
+        older = self._encode(
+            split, self._noised(batch, batch.timesteps), batch.timesteps, batch.text
+        )
         predicted = self._decode(split, older, batch.timesteps, batch.text)
         alpha_bar = self.alphas_cumprod[batch.timesteps]
         wanted = target(batch.clean, batch.noise, alpha_bar, self.prediction)
@@ -132,13 +137,13 @@ class FCRObjective(nn.Module):
         if settings.weight:
             # Where t < D the pair ends at 0: the denoising loss still needs the lowest timesteps.
             timesteps = (batch.timesteps - batch.deltas).clamp(min=0)
-            newer = split.encoder(self._noised(batch, timesteps), timesteps, batch.text)
+            newer = self._encode(split, self._noised(batch, timesteps), timesteps, batch.text)
             change = consistency(older, newer, settings.form, settings.stop_grad)
             terms["fcr"] = settings.weight * change
         if settings.cached_weight:
             terms["cached"] = settings.cached_weight * self.cached_error(split, older, batch)
         sizes = {
-            f"mean_square/{feature.name}": mean_square(tensor).detach()
+            f"mean_square/{feature.name}": mean_square(tensor).mean().detach()
             for feature, tensor in zip(split.features, older, strict=True)
         }
         return Losses(terms, sizes)
@@ -147,9 +152,10 @@ class FCRObjective(nn.Module):
         """How far a call on extrapolated features is from what the unchanged UNet says there.
 
         The teacher takes two DDIM steps from x_t, to the next key call and to a call of its
-        segment: these are latents that the sampler really sees. The student decodes that call from
-        the features of both key calls, extrapolated in the timestep, and is compared with the
-        teacher's own prediction.
+        segment, so these latents follow from each other as they do in sampling, which noised
+        pictures do not (there is no guidance here). The student decodes that call from the features
+        of both key calls, extrapolated in the timestep, and is compared with the teacher's own
+        prediction.
         """
         teacher = self._teacher[0].to(batch.clean.device)
         stride = self.settings.cached_stride
@@ -163,7 +169,7 @@ class FCRObjective(nn.Module):
             key = self._step(x, teacher(x, first, batch.text).sample, first, second)
             x = self._step(key, teacher(key, second, batch.text).sample, second, call)
             wanted = teacher(x, call, batch.text).sample.float()
-        newer = split.encoder(key, second, batch.text)
+        newer = self._encode(split, key, second, batch.text)
         slope = (distance / gap.clamp(min=1)).view(-1, 1, 1, 1)
         features = [
             new + slope.to(new.dtype) * (new - old) for old, new in zip(older, newer, strict=True)
@@ -184,6 +190,14 @@ class FCRObjective(nn.Module):
     def _noised(self, batch: NoisedBatch, timesteps: Tensor) -> Tensor:
         noised = add_noise(batch.clean, batch.noise, self.alphas_cumprod[timesteps])
         return noised.to(self.unet.dtype)
+
+    def _encode(
+        self, split: SplitUNet, latents: Tensor, timesteps: Tensor, text: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One encoder call, with one timestep per picture."""
+        if self.recompute:
+            return checkpoint(split.encoder, latents, timesteps, text, use_reentrant=False)
+        return split.encoder(latents, timesteps, text)
 
     def _decode(
         self, split: SplitUNet, features: Sequence[Tensor], timesteps: Tensor, text: Tensor

@@ -17,7 +17,7 @@ from encache import __version__
 from encache.errors import EncacheError
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import ImageSpec
-from encache.train.data import Draws, Example, Pictures, Steps, batches, fingerprint
+from encache.train.data import Draws, Example, Pictures, Steps, batches
 from encache.train.fcr import FCR, FCRObjective, NoisedBatch
 from encache.train.loop import Recipe, averaged, fit
 from encache.train.validation import sample_grid
@@ -75,38 +75,18 @@ def fine_tune(
     Raises:
         EncacheError: the model or the data cannot be used, or the loss is not finite.
     """
-    unet = pipeline.unet
-    spec = ImageSpec.of(unet.config, pipeline.vae.config)
-    resolution = run.resolution or spec.picture_size
-    if resolution % spec.downscale:
-        raise EncacheError(f"The resolution must be a multiple of {spec.downscale} pixels.")
-    scheduler = pipeline.scheduler
-    objective = FCRObjective(
-        unet, scheduler.alphas_cumprod, scheduler.config.prediction_type, settings
-    )
-    if run.lora_rank:
-        _add_lora(pipeline, run.lora_rank, run.seed)
-    if run.gradient_checkpointing:
-        objective.enable_gradient_checkpointing()
-    latent_size = resolution // spec.downscale
+    objective = _make_objective(pipeline, settings, run)
+    draws = _make_draws(pipeline, settings, run)
     steps = Steps(
         pictures,
-        Draws(
-            resolution,
-            (spec.channels, latent_size, latent_size),
-            len(scheduler.alphas_cumprod),
-            settings.delta_max,
-            run.caption_dropout,
-            run.flip,
-            run.seed,
-        ),
+        draws,
         run.batch_size,
         run.recipe.accumulation,
         accelerator.process_index,
         accelerator.num_processes,
     )
     prepare = _Preparation(pipeline, accelerator)
-    facts = _facts(checkpoint, pictures, settings, run, resolution, accelerator)
+    facts = _facts(checkpoint, pictures, settings, run, draws, accelerator)
     run.output.mkdir(parents=True, exist_ok=True)
     _start_log(accelerator)
 
@@ -123,7 +103,7 @@ def fine_tune(
         run.recipe,
         run.output / "checkpoint.pt",
         accelerator=accelerator,
-        identity=json.dumps(facts, sort_keys=True),
+        identity=facts,
         on_step=on_step,
     )
     accelerator.end_training()
@@ -137,6 +117,39 @@ def fine_tune(
             header["base"] = checkpoint.base_name
         _write_weights(pipeline, path, header)
     return path
+
+
+def _make_objective(pipeline: StableDiffusionPipeline, settings: FCR, run: Run) -> FCRObjective:
+    scheduler = pipeline.scheduler
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise EncacheError(
+            f"This model predicts {prediction!r}; training knows epsilon and v_prediction."
+        )
+    # Before the adapter is added: the teacher of a cached distillation is the model as it was.
+    objective = FCRObjective(pipeline.unet, scheduler.alphas_cumprod, prediction, settings)
+    if run.lora_rank:
+        _add_lora(pipeline, run.lora_rank, run.seed)
+    if run.gradient_checkpointing:
+        objective.enable_gradient_checkpointing()
+    return objective
+
+
+def _make_draws(pipeline: StableDiffusionPipeline, settings: FCR, run: Run) -> Draws:
+    spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    resolution = run.resolution or spec.picture_size
+    if resolution % spec.downscale:
+        raise EncacheError(f"The resolution must be a multiple of {spec.downscale} pixels.")
+    latent_size = resolution // spec.downscale
+    return Draws(
+        resolution=resolution,
+        latent_shape=(spec.channels, latent_size, latent_size),
+        num_timesteps=len(pipeline.scheduler.alphas_cumprod),
+        delta_max=settings.delta_max,
+        caption_dropout=run.caption_dropout,
+        flip=run.flip,
+        seed=run.seed,
+    )
 
 
 class _Preparation:
@@ -185,22 +198,25 @@ def _facts(
     pictures: Pictures,
     settings: FCR,
     run: Run,
-    resolution: int,
+    draws: Draws,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """What makes two runs the same run: not its length, nor how its batch is spread out."""
-    recipe = asdict(replace(run.recipe, steps=0, accumulation=1, checkpoint_every=0))
+    """What makes two runs the same run: not how its batch is spread out.
+
+    Its length counts only where the learning rate falls towards the end.
+    """
+    recipe = replace(run.recipe, accumulation=1, checkpoint_every=0)
+    if recipe.schedule == "constant":
+        recipe = replace(recipe, steps=0)
     return {
         "model": checkpoint.fingerprint,
-        "data": fingerprint(pictures),
+        "data": pictures.fingerprint,
         "loss": asdict(settings),
-        "recipe": {name: value for name, value in recipe.items() if value},
+        **asdict(recipe),
+        **asdict(draws),
         "batch": run.batch_size * run.recipe.accumulation * accelerator.num_processes,
-        "resolution": resolution,
-        "caption_dropout": run.caption_dropout,
-        "flip": run.flip,
+        "precision": accelerator.mixed_precision,
         "lora_rank": run.lora_rank,
-        "seed": run.seed,
         "encache_version": __version__,
     }
 

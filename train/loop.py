@@ -4,6 +4,8 @@ Nothing random survives a step: whoever makes the batches draws them from `gener
 k sees the same numbers in a resumed run, with several processes, and with gradient accumulation.
 """
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +43,7 @@ class Recipe:
     Attributes:
         schedule: how it falls; "constant" never does.
         ema_decay: of the averaged weights; 0 keeps the last ones.
+        gradient_clip: largest norm of the gradient; 0 for any.
         accumulation: batches per step.
     """
 
@@ -66,6 +69,11 @@ class Recipe:
     def ema_decay_at(self, step: int) -> float:
         """Small at first, so that the average forgets the start."""
         return min(self.ema_decay, (step + 1) / (step + 10))
+
+
+def digest(tensor: Tensor) -> str:
+    """Sixteen hexadecimal digits that name the contents of a CPU tensor."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 #: Yields the batches of one process from the given step on, `accumulation` for every step.
@@ -100,7 +108,7 @@ def fit(
     checkpoint: Path,
     *,
     accelerator: Accelerator | None = None,
-    identity: str = "",
+    identity: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> None:
     """Minimise the losses over the trainable parameters of `model`; leave the average in it.
@@ -117,16 +125,18 @@ def fit(
         on_step: for logs and validation.
 
     Raises:
-        EncacheError: the loss is not finite (the last checkpoint is kept), or the checkpoint
-            belongs to another run or could not be written.
+        EncacheError: the loss or its gradient is not finite (the last checkpoint is kept), or the
+            checkpoint belongs to another run or could not be written.
     """
     accelerator = accelerator or Accelerator()
+    _refuse_unsupported(accelerator)
+    accelerator.gradient_accumulation_steps = 1  # done here; the environment may say otherwise
     model.to(accelerator.device).train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in parameters.items()}
     prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe))
-    run = _Run(checkpoint, identity, parameters, average, optimizer, accelerator)
-    start = run.restore()
+    run = _Run(checkpoint, identity or {}, parameters, average, optimizer, accelerator)
+    start = run.restore(recipe.steps)
     bar = tqdm(
         range(start, recipe.steps),
         initial=start,
@@ -139,12 +149,14 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(step)
         losses = _accumulate(accelerator, prepared, source, compute_losses, recipe.accumulation)
-        if not math.isfinite(losses["loss"]):
+        norm = accelerator.clip_grad_norm_(parameters.values(), recipe.gradient_clip or math.inf)
+        # fp16's scaler skips steps whose gradient overflows, and that is no failure.
+        if not math.isfinite(losses["loss"] if accelerator.scaler else losses["loss"] + norm):
             raise EncacheError(
-                f"The loss is {losses['loss']} at step {step}; the last good checkpoint is kept "
-                f"({checkpoint}). Lower the learning rate or use another precision."
+                f"The loss is {losses['loss']} at step {step}, the norm of its gradient {norm}; "
+                f"the last good checkpoint is kept ({checkpoint}). Lower the learning rate or use "
+                "another precision."
             )
-        accelerator.clip_grad_norm_(parameters.values(), recipe.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(
@@ -154,10 +166,10 @@ def fit(
         )
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {losses['loss']:.4f}")
-        if on_step:
-            on_step(step, losses, average)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
             run.save(step + 1)
+        if on_step:
+            on_step(step, losses, average)
     _copy(average, parameters)
     model.eval()
 
@@ -222,7 +234,7 @@ class _Run:
     """What a checkpoint holds and where it lies."""
 
     checkpoint: Path
-    identity: str
+    identity: Mapping[str, Any]
     parameters: Mapping[str, nn.Parameter]
     average: Mapping[str, Tensor]
     optimizer: Any
@@ -233,7 +245,7 @@ class _Run:
             return
         state = {
             "step": step,
-            "identity": self.identity,
+            "identity": json.dumps(self.identity),
             "model": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
@@ -251,13 +263,27 @@ class _Run:
                 f"({str(error).splitlines()[0]}): free some space, then run the same command again."
             ) from error
 
-    def restore(self) -> int:
-        """Load the checkpoint, if there is one; return the next step."""
-        if not self.checkpoint.exists():
-            return 0
+    def restore(self, steps: int) -> int:
+        """Load the checkpoint, if there is one; return the next step of `steps`."""
+        step = self._load() if self.checkpoint.exists() else 0
+        if step > steps:
+            raise EncacheError(
+                f"{self.checkpoint} holds {step} steps already, more than the {steps} asked for. "
+                "Choose another folder, or delete it to start over."
+            )
+        everywhere = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device))
+        if len(set(everywhere.tolist())) > 1:
+            raise EncacheError(
+                f"Not every process finds {self.checkpoint}: put it where all nodes can read it."
+            )
+        return step
+
+    def _load(self) -> int:
         try:
-            state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-            if state["identity"] == self.identity:
+            # Mapped, so that several processes of a machine share one copy.
+            state = torch.load(self.checkpoint, weights_only=True, map_location="cpu", mmap=True)
+            theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
+            if theirs == ours:
                 _copy(state["model"], self.parameters)
                 _copy(state["average"], self.average)
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -269,7 +295,22 @@ class _Run:
                 f"{self.checkpoint} is no checkpoint of this run ({str(error).splitlines()[0]}). "
                 "Delete it to start over."
             ) from error
+        different = ", ".join(
+            f"{name} {theirs.get(name)} (now {ours.get(name)})"
+            for name in sorted(theirs.keys() | ours.keys())
+            if theirs.get(name) != ours.get(name)
+        )
         raise EncacheError(
-            f"{self.checkpoint} was begun with other settings: {state['identity']}, not "
-            f"{self.identity}. Repeat those, choose another folder, or delete it to start over."
+            f"{self.checkpoint} was begun with other settings: {different}. Repeat those, choose "
+            "another folder, or delete it to start over."
+        )
+
+
+def _refuse_unsupported(accelerator: Accelerator) -> None:
+    """Frameworks that take the parameters apart need a loop of their own."""
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
+        raise EncacheError(
+            f"This training runs data parallel, not with {kind}: choose another in accelerate's "
+            "configuration, or train a LoRA with --rank when memory is short."
         )

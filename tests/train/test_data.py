@@ -85,9 +85,32 @@ def test_shards(shards):
 
 def test_missing_captions_are_counted(tmp_path):
     rows = [{"file_name": "red.png", "text": "red"}, {"file_name": "blue.png"}, "not json", "7"]
+    rows += [{"file_name": 3, "text": "three"}, {"file_name": "green.png", "text": None}]
     pictures = open_pictures(write_folder(tmp_path / "pictures", rows))
     assert pictures.names == ["red.png"]
-    assert pictures.num_without_caption == 3
+    assert pictures.num_without_caption == 5
+
+
+def test_shards_of_other_tools(tmp_path):
+    """GNU tar writes ./ before names, and folders may hold dots."""
+    files = {"./v1.0/a.png": picture("red"), "./v1.0/a.txt": b"red", "./b.png": picture("blue")}
+    files["./b.json"] = b'{"caption": null}'
+    write_shard(tmp_path / "0.tar", files)
+    pictures = open_pictures(tmp_path)
+    assert pictures.names == ["0.tar:v1.0/a", "0.tar:b"]
+    assert pictures.read(0, torch.Generator())[1] == "red"
+    with pytest.raises(ValueError, match="no caption"):
+        pictures.read(1, torch.Generator())
+
+
+def test_captions_are_part_of_the_fingerprint(tmp_path):
+    prints = [
+        open_pictures(
+            write_folder(tmp_path / text, [{"file_name": "red.png", "text": text}])
+        ).fingerprint
+        for text in ("red", "blue")
+    ]
+    assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +137,9 @@ def test_unreadable_pictures_are_replaced_and_named(folder):
     unreadable = {name for example in examples for name in example.unreadable}
     assert unreadable == {"red.png", "green.png", "blue.png"}
     (folder / "yellow.png").unlink()
-    with pytest.raises(EncacheError, match="could not be read, the last was"):
-        steps[0]
+    for num_workers in (0, 1):
+        with pytest.raises(EncacheError, match=r"^20 pictures in a row could not be read, the"):
+            next(data.batches(steps, 0, num_workers))
 
 
 def test_an_arrangement_of_a_batch_does_not_change_it(folder):

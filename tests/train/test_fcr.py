@@ -66,9 +66,11 @@ def test_the_loss_equals_its_reference(cut, form):
     _, newer = features_by_hooks(unet, cut, noised(batch, earlier), earlier, batch.text)
     expected = 0.0
     for old, new in zip(older, newer, strict=True):
-        change = ((old - new) ** 2).mean()
-        size = ((old**2).mean() + (new**2).mean()) / 2
-        expected += 0.3 * (change / size if form == "relative" else change) / len(older)
+        for row in range(3):
+            change = ((old[row] - new[row]) ** 2).mean()
+            size = ((old[row] ** 2).mean() + (new[row] ** 2).mean()) / 2
+            relative = change / size if form == "relative" else change
+            expected += 0.3 * relative / (3 * len(older))
     torch.testing.assert_close(losses.terms["fcr"], expected)
     torch.testing.assert_close(
         losses.terms["denoise"], torch.nn.functional.mse_loss(predicted, batch.noise)
@@ -100,11 +102,17 @@ def test_stop_grad_holds_one_side_still(stop_grad):
 
 
 def test_shrinking_the_features_lowers_the_raw_form_only():
-    old, new = torch.randn(2, 2, 3, 4, 4)
+    features = torch.randn(2, 2, 3, 4, 4, requires_grad=True)
     for form, ratio in (("raw", 0.01), ("relative", 1.0)):
-        whole = consistency([old], [new], form, "none")
-        shrunk = consistency([0.1 * old], [0.1 * new], form, "none")
+        whole = consistency([features[0]], [features[1]], form, "none")
+        shrunk = consistency([0.1 * features[0]], [0.1 * features[1]], form, "none")
         torch.testing.assert_close(shrunk, ratio * whole)
+        # Along the features themselves, the gradient is 2 L (Euler) for raw and nothing otherwise.
+        (gradient,) = torch.autograd.grad(whole, features)
+        along = (features * gradient).sum()
+        torch.testing.assert_close(
+            along, 2 * whole if form == "raw" else torch.zeros(()), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_lambda_zero_equals_plain_training_step_for_step():

@@ -176,9 +176,35 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, damage):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    fit(*problem(), RECIPE, tmp_path / "run.pt", identity="lambda 0.1")
-    with pytest.raises(EncacheError, match=r"lambda 0\.1, not lambda 0\.2"):
-        fit(*problem(), RECIPE, tmp_path / "run.pt", identity="lambda 0.2")
+    fit(*problem(), RECIPE, tmp_path / "run.pt", identity={"weight": 0.1, "seed": 3})
+    with pytest.raises(EncacheError, match=r"settings: weight 0\.1 \(now 0\.2\)\. Repeat"):
+        fit(*problem(), RECIPE, tmp_path / "run.pt", identity={"weight": 0.2, "seed": 3})
+
+
+def test_a_checkpoint_beyond_the_asked_steps_is_refused(tmp_path):
+    fit(*problem(), RECIPE, tmp_path / "run.pt")
+    with pytest.raises(EncacheError, match="20 steps already, more than the 10"):
+        fit(*problem(), replace(RECIPE, steps=10), tmp_path / "run.pt")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    model, batches, losses = problem()
+
+    def steep(module, generator):
+        loss = losses(module, generator).terms["squared"]
+        zero = (module.weight - module.weight.detach()).sum()
+        return Losses({"squared": loss, "root": zero.abs().sqrt()})  # 0, with an infinite slope
+
+    with pytest.raises(EncacheError, match="norm of its gradient nan"):
+        fit(model, batches, steep, RECIPE, tmp_path / "run.pt")
+    assert not (tmp_path / "run.pt").exists()
+
+
+def test_no_clipping(tmp_path):
+    free, clipped = problem(), problem()
+    fit(*free, replace(RECIPE, gradient_clip=0.0), tmp_path / "free.pt")
+    fit(*clipped, replace(RECIPE, gradient_clip=1e9), tmp_path / "clipped.pt")
+    assert torch.equal(free[0].weight, clipped[0].weight)
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
