@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -22,8 +22,10 @@ import torch
 from tqdm import tqdm
 
 from encache.evaluate.extractors import load_extractor
+from encache.evaluate.real import read_real
+from encache.evaluate.report import strict
 from encache.evaluate.results import Row
-from encache.evaluate.rows import make_row, read_real
+from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
@@ -64,7 +66,7 @@ def plain(steps: int, scheduler: str = DDIM, model: str = SHIPPED) -> Setting:
     return Setting(model, scheduler, steps)
 
 
-def questions() -> dict[str, tuple[Setting, Setting, list[Setting]]]:
+def questions(variants: Sequence[str]) -> dict[str, tuple[Setting, Setting, list[Setting]]]:
     """For every question the reference, the full sampler, and the settings that answer it."""
     full = plain(50)
     mid, up2 = (replace(full, cut=cut) for cut in ("mid", "up2"))
@@ -83,11 +85,9 @@ def questions() -> dict[str, tuple[Setting, Setting, list[Setting]]]:
         for cut, b in product((mid, up2), ("reuse", "extrapolate"))
     ]
     cuts = [replace(full, cut=cut, stride=n) for cut, n in product(("up0", "up1"), (5, 10))]
-    opponents = [plain(steps) for steps in (40, 30, 25, 20, 17, 15, 10)]
     few, converged = plain(20, DPM), plain(250, DPM)
     solver = [
         few,
-        *(plain(steps, DPM) for steps in (15, 14, 12, 10, 8, 7)),
         *(
             replace(few, cut=cut, blend=b, stride=n)
             for cut, b, n in product(("mid", "up2"), ("reuse", "extrapolate"), (2, 3, 5))
@@ -98,14 +98,14 @@ def questions() -> dict[str, tuple[Setting, Setting, list[Setting]]]:
         "blends": (full, full, [full, *blends]),
         "prior noise": (full, full, noise),
         "cuts": (full, full, cuts),
-        "fewer steps": (full, full, opponents),
+        "fewer steps": (full, full, [plain(steps) for steps in (40, 30, 25, 20, 17, 15, 10)]),
         "DPM-Solver++ against its own full run": (few, few, solver),
         "DPM-Solver++ against convergence": (converged, few, solver),
         "few DDIM steps": (
             plain(20),
             plain(20),
             [
-                *(plain(steps) for steps in (20, 14, 10, 8, 7)),
+                plain(20),
                 *(
                     replace(plain(20), cut=cut, stride=n)
                     for cut, n in product(("mid", "up2"), (2, 3, 5))
@@ -113,9 +113,7 @@ def questions() -> dict[str, tuple[Setting, Setting, list[Setting]]]:
             ],
         ),
     }
-    for variant in VARIANTS:
-        if not weights_of(variant).is_file():
-            continue
+    for variant in variants:
         own, quick = plain(50, model=variant), plain(20, DPM, variant)
         keyed = [
             replace(own, cut="mid", blend="reuse", stride=5),
@@ -174,9 +172,23 @@ def open_evaluation(num_images: int) -> Evaluation:
     return Evaluation(models, protocol, Store(FOLDER / "store"), extractor)
 
 
+def answers(
+    evaluation: Evaluation,
+) -> Iterator[tuple[str, Setting, Setting, list[Setting]]]:
+    """The questions with the opponents of all their settings: as many plain steps as each buys."""
+    variants = [name for name in evaluation.models if name != SHIPPED]
+    for question, (reference, full, settings) in questions(variants).items():
+        opponents = [
+            plain_at_equal_arithmetic(evaluation.models[one.model], evaluation.protocol, one)
+            for one in settings
+            if not one.plain
+        ]
+        yield question, reference, full, list(dict.fromkeys([*settings, *opponents]))
+
+
 def sample(evaluation: Evaluation) -> None:
     """Draw and measure everything, question by question."""
-    for question, (reference, _, settings) in questions().items():
+    for question, reference, _, settings in answers(evaluation):
         work = list(product(evaluation.protocol.batches, settings))
         for pictures, setting in tqdm(work, desc=question):
             evaluation.compare(setting, reference, pictures)
@@ -187,14 +199,17 @@ def report(evaluation: Evaluation, output: Path) -> None:
     size = (64, 64)
     assert evaluation.extractor
     real = read_real(FOLDER / "real", evaluation.extractor, size, evaluation.store)
-    answers = {
+    rows = {
         question: [
             describe(
-                evaluation, setting, reference, make_row(evaluation, setting, reference, full, real)
+                evaluation,
+                setting,
+                reference,
+                make_row(evaluation, setting, reference, full, real),
             )
             for setting in settings
         ]
-        for question, (reference, full, settings) in questions().items()
+        for question, reference, full, settings in answers(evaluation)
     }
     content = {
         "machine": describe_machine(),
@@ -206,9 +221,9 @@ def report(evaluation: Evaluation, output: Path) -> None:
             "backend": asdict(evaluation.models[SHIPPED].backend),
             "training": {"common": COMMON, "variants": VARIANTS},
         },
-        "answers": answers,
+        "answers": rows,
     }
-    write_atomically(output, json.dumps(content, default=str).encode() + b"\n")
+    write_atomically(output, json.dumps(strict(content), allow_nan=False).encode() + b"\n")
 
 
 def describe(evaluation: Evaluation, setting: Setting, reference: Setting, row: Row) -> dict:

@@ -14,6 +14,7 @@ from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
+    from encache.evaluate.real import Real
     from encache.evaluate.sampling import Evaluation, Model
     from encache.evaluate.settings import Protocol, Setting
 
@@ -156,10 +157,15 @@ def main(
     shipped = not ckpts
     if real and extractor == "none":
         raise click.UsageError("--real needs --extractor.")
+    if device and backend != "torch":
+        raise click.UsageError(f"--device is for torch; {backend} chooses its own.")
+    if base and not any(one.endswith(".safetensors") for one in ckpts):
+        raise click.UsageError("--base completes .safetensors files, and no --ckpt is one.")
     if prompts is None and not shipped:
         raise click.UsageError("Give --prompts; only the shipped model has its own.")
 
     from encache.evaluate import rows
+    from encache.evaluate.real import read_real
     from encache.evaluate.report import write_report
     from encache.evaluate.results import Report
     from encache.evaluate.settings import Setting, cached_settings
@@ -167,44 +173,41 @@ def main(
     from encache.runtime.plan import paper_key_calls as key_calls_of_paper
 
     models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
-    evaluation = _open_evaluation(
-        models,
-        _read_protocol(prompts, num_images, guidance_scale, height, width, batch_size, shipped),
-        report / "store",
-        extractor,
-        extractor_weights,
-        clip,
+    protocol = _read_protocol(
+        prompts, num_images, guidance_scale, height, width, batch_size, shipped
     )
     fulls = [Setting(label, scheduler or "", steps) for label in models]
     first = fulls[0]
+    model = models[first.model]
     reference = Setting(first.model, first.scheduler, reference_steps or steps)
-    num_calls = models[first.model].plan(first).num_calls
     cached = cached_settings(
         fulls,
         cuts,
         blends,
         strides,
-        [key_calls_of_paper(num_calls)] if paper_key_calls else [],
+        [key_calls_of_paper(model.plan(first).num_calls)] if paper_key_calls else [],
         [False, True] if prior_noise else [False],
     )
     asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]
-    opponents = [rows.plain_at_equal_arithmetic(evaluation, one) for one in cached]
+    opponents = [rows.plain_at_equal_arithmetic(models[one.model], protocol, one) for one in cached]
     listed = list(dict.fromkeys([reference, *fulls, *asked, *opponents, *cached]))
     if dry_run:
         click.echo("\n".join(one.name for one in listed))
         return
-    _measure(evaluation, listed, reference)
+    evaluation = _open_evaluation(
+        models, protocol, report / "store", extractor, extractor_weights, clip
+    )
     pictures = None
     if real and evaluation.extractor:
-        spec = models[first.model].pipeline(cuts[0]).spec
-        size = height or spec.picture_size, width or spec.picture_size
-        pictures = rows.read_real(real, evaluation.extractor, size, evaluation.store)
+        size = height or model.spec.picture_size, width or model.spec.picture_size
+        pictures = read_real(real, evaluation.extractor, size, evaluation.store)
+    _measure(evaluation, listed, reference)
     full_of = {full.model: full for full in fulls}
     page = write_report(
         Report(
             title=f"Cached sampling of {', '.join(models)}",
             machine=describe_machine(),
-            protocol=_facts(evaluation, reference),
+            protocol=_facts(evaluation, reference, pictures),
             rows=tuple(
                 rows.make_row(evaluation, one, reference, full_of[one.model], pictures)
                 for one in listed
@@ -231,13 +234,21 @@ def _open_models(
     from encache.evaluate.sampling import Backend, Model
     from encache.model.checkpoint import find_checkpoint
 
-    found = [find_checkpoint(one, base if one else None) for one in ckpts or (None,)]
+    # A folder or hub id is complete in itself, so that it can be compared with its fine-tunings.
+    bases = [base if one and one.endswith(".safetensors") else None for one in ckpts]
+    found = [find_checkpoint(*pair) for pair in zip(ckpts, bases, strict=True)]
+    found = found or [find_checkpoint()]
     names = [one.name for one in found]
     labels = [
         name if names.count(name) == 1 else f"{name}-{index + 1}"
         for index, name in enumerate(names)
     ]
     device = device or ("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.UsageError(f"--device {device} cannot be used: {reason}") from error
     chosen = Backend(backend, dtype, device, engine_dir)
     return {label: Model(one, chosen) for label, one in zip(labels, found, strict=True)}
 
@@ -283,7 +294,7 @@ def _open_evaluation(
     )
 
 
-def _facts(evaluation: "Evaluation", reference: "Setting") -> dict[str, Any]:
+def _facts(evaluation: "Evaluation", reference: "Setting", real: "Real | None") -> dict[str, Any]:
     """What a reader needs to repeat the evaluation."""
     protocol, models = evaluation.protocol, evaluation.models
     backend = models[reference.model].backend
@@ -297,7 +308,13 @@ def _facts(evaluation: "Evaluation", reference: "Setting") -> dict[str, Any]:
         "CLIP": evaluation.clip.name if evaluation.clip else "none",
         "backend": f"{backend.name} {backend.dtype} on {backend.device}",
         "pictures at once": protocol.batch_size,
-        "checkpoints": {label: one.checkpoint.fingerprint for label, one in models.items()},
+        "checkpoints": {
+            label: f"{one.checkpoint.weights or one.checkpoint.folder}, "
+            f"sha256 {one.checkpoint.fingerprint}"
+            for label, one in models.items()
+        },
+        "real pictures": len(real.features) if real else "none",
+        "unreadable": list(real.unreadable) if real else [],
     }
 
 
@@ -337,12 +354,14 @@ def _grid(evaluation: "Evaluation", listed: "Sequence[Setting]", count: int) -> 
     """The first pictures of every setting, by prompt and setting."""
     from diffusers.image_processor import VaeImageProcessor
 
-    first = evaluation.protocol.batches[0]
-    prompts = evaluation.protocol.prompts_of(first)[:count]
-    grid: dict[str, dict[str, Any]] = {prompt: {} for prompt in prompts}
-    for setting in listed if count else ():
-        pictures = evaluation.pictures(setting, first)[:count].permute(0, 2, 3, 1).numpy()
-        images = VaeImageProcessor.numpy_to_pil(pictures)
-        for prompt, image in zip(prompts, images, strict=True):
-            grid[prompt][setting.name] = image
+    protocol = evaluation.protocol
+    grid: dict[str, dict[str, Any]] = {}
+    for batch, setting in product(protocol.batches, listed):
+        shown = [index for index in batch if index < count]
+        if not shown:
+            continue
+        for index, picture in zip(shown, evaluation.pictures(setting, batch), strict=False):
+            prompt = f"{protocol.prompts_of(range(index, index + 1))[0]} (seed {index})"
+            image = VaeImageProcessor.numpy_to_pil(picture.permute(1, 2, 0).numpy())[0]
+            grid.setdefault(prompt, {})[setting.name] = image
     return grid

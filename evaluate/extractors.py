@@ -190,7 +190,7 @@ class ClipScorer:
     before the prompt, as torchmetrics has it.
 
     Attributes:
-        name: the hub id, or the folder's name.
+        name: the hub id or the folder's name, and the first digits of its weights' sha256.
         model: a transformers CLIPModel.
         tokenizer: its CLIPTokenizer.
         mean, std: of its pictures [3, 1, 1].
@@ -240,6 +240,13 @@ class ClipScorer:
         return (cropped - self.mean) / self.std
 
 
+def _digest_of(model: Any) -> str:
+    total = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()[:8]
+
+
 def load_clip(source: str | Path, device: str = "cpu") -> ClipScorer:
     """Open a CLIP model that scores pictures against prompts.
 
@@ -272,4 +279,10 @@ def load_clip(source: str | Path, device: str = "cpu") -> ClipScorer:
             "or a hub id such as openai/clip-vit-base-patch16 that has safetensors weights."
         ) from error
     name = Path(source).resolve().name if Path(source).is_dir() else str(source)
-    return ClipScorer(name, model.eval().requires_grad_(False).to(device), tokenizer, mean, std)
+    return ClipScorer(
+        f"{name}-{_digest_of(model)}",
+        model.eval().requires_grad_(False).to(device),
+        tokenizer,
+        mean,
+        std,
+    )

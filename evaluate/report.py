@@ -59,7 +59,7 @@ def to_json(report: Report) -> str:
     """Everything but the pictures as strict JSON; numbers that are not finite become null."""
     content = asdict(replace(report, grid={}))
     del content["grid"]
-    return json.dumps(_strict(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(strict(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Report:
@@ -103,12 +103,12 @@ def _flat(row: Row) -> dict[str, Any]:
     return cells
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The value in JSON's own types; whatever JSON does not know becomes its text."""
     if isinstance(value, Mapping):
-        return {str(key): _strict(entry) for key, entry in value.items()}
+        return {str(key): strict(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
+        return [strict(entry) for entry in value]
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):

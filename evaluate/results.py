@@ -42,7 +42,7 @@ class Row:
         encoder_runs, num_calls: per image.
         gflop: counted UNet arithmetic per image.
         share: of the full sampler's arithmetic.
-        seconds: per image.
+        seconds: per image, of text encoding and sampling in batches, without the image decoder.
         latent_error: squared latent difference to the full sampler at the same seeds, relative;
             None for the full sampler itself (or whatever else is the reference).
         psnr, ssim: of the pictures against the full sampler's at the same seeds; in dB, and <= 1.

@@ -1,19 +1,11 @@
 """From measurements to one row per setting: means, intervals, distances, costs."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
-from encache.errors import EncacheError
 from encache.evaluate.distribution import (
     bootstrap_interval,
     frechet_distance,
@@ -21,93 +13,21 @@ from encache.evaluate.distribution import (
     precision_recall,
     retrieval_accuracy,
 )
+from encache.evaluate.real import Real
 from encache.evaluate.results import Interval, Row
-from encache.evaluate.sampling import Evaluation
-from encache.evaluate.settings import Setting
-from encache.evaluate.store import Arrays, Store
+from encache.evaluate.sampling import Evaluation, Model
+from encache.evaluate.settings import Protocol, Setting
+from encache.evaluate.store import Arrays
 from encache.runtime.compare import steps_within
 
-if TYPE_CHECKING:
-    from encache.evaluate.extractors import Extractor
-
-#: Real pictures that are read and extracted together.
-REAL_BATCH = 32
 #: Of the inception score, as its authors have it.
 SPLITS = 10
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-@dataclass(frozen=True)
-class Real:
-    """Features [M, D] of real pictures, and their captions where metadata.jsonl gives them."""
-
-    features: np.ndarray
-    spatial: np.ndarray | None
-    captions: tuple[str, ...] | None
-
-
-def read_real(folder: Path, extractor: "Extractor", size: tuple[int, int], store: Store) -> Real:
-    """Extract the features of all pictures in a folder, scaled and cropped to `size` (H, W).
-
-    Raises:
-        EncacheError: there are none.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    if len(paths) < 2:
-        raise EncacheError(f"{folder} holds {len(paths)} pictures; a distribution needs more.")
-    names = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
-    description = {
-        "real": hashlib.sha256(names.encode()).hexdigest(),
-        "extractor": extractor.name,
-        "size": size,
-    }
-    parts: list[np.ndarray] = []
-    spatials: list[np.ndarray] = []
-
-    def extract() -> dict[str, np.ndarray]:
-        for start in tqdm(range(0, len(paths), REAL_BATCH), desc="real pictures"):
-            batch = [_read(path, size) for path in paths[start : start + REAL_BATCH]]
-            extracted = extractor(torch.stack(batch))
-            parts.append(extracted.features.numpy())
-            if extracted.spatial is not None:
-                spatials.append(extracted.spatial.numpy())
-        spatial = {"spatial": np.concatenate(spatials)} if spatials else {}
-        return {"features": np.concatenate(parts), **spatial}
-
-    arrays = store.get(description, extract)
-    return Real(arrays["features"], arrays.get("spatial"), _read_captions(folder, paths))
-
-
-def _read(path: Path, size: tuple[int, int]) -> Tensor:
-    height, width = size
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    scale = max(width / picture.width, height / picture.height)
-    wide, high = (
-        max(one, round(side * scale))
-        for one, side in zip((width, height), picture.size, strict=True)
-    )
-    picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
-    left, top = (wide - width) // 2, (high - height) // 2
-    pixels = np.asarray(picture.crop((left, top, left + width, top + height)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-
-
-def _read_captions(folder: Path, paths: Sequence[Path]) -> tuple[str, ...] | None:
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        return None
-    rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
-    captions = {row["file_name"]: row["text"] for row in rows}
-    return tuple(captions.get(str(path.relative_to(folder)), "") for path in paths)
-
-
-def plain_at_equal_arithmetic(evaluation: Evaluation, setting: Setting) -> Setting:
+def plain_at_equal_arithmetic(model: Model, protocol: Protocol, setting: Setting) -> Setting:
     """The plain sampler with as many steps as the setting's arithmetic buys."""
-    model = evaluation.models[setting.model]
-    arithmetic = model.arithmetic(setting.cut, evaluation.protocol)
-    plan = model.plan(setting)
-    gflop = plan.num_encoder_runs * arithmetic.encoder + plan.num_calls * arithmetic.decoder
+    plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, protocol)
+    gflop = arithmetic.total(plan.num_encoder_runs, plan.num_calls)
     steps = steps_within(model.scheduler(setting), setting.steps, gflop, arithmetic)
     return Setting(setting.model, setting.scheduler, steps)
 
@@ -126,7 +46,9 @@ def make_row(
     """
     protocol = evaluation.protocol
     pairs = gather([evaluation.compare(setting, reference, one) for one in protocol.batches])
-    seconds = [evaluation.latents(setting, one)["seconds"] for one in protocol.batches]
+    seconds = [
+        float(evaluation.latents(setting, one)["seconds"]) / len(one) for one in protocol.batches
+    ]
     extracted: Arrays = {}
     if evaluation.extractor or evaluation.clip:
         extracted = gather([evaluation.extract(setting, one) for one in protocol.batches])
@@ -147,7 +69,7 @@ def make_row(
         num_calls=plan.num_calls,
         gflop=_gflop(evaluation, setting),
         share=_gflop(evaluation, setting) / _gflop(evaluation, full),
-        seconds=float(sum(seconds)) / protocol.num_images,
+        seconds=median(seconds),
         latent_error=None if is_reference else _interval(pairs["latent_error"]),
         psnr=None if is_reference else _interval(pairs["psnr"]),
         ssim=None if is_reference else _interval(pairs["ssim"]),
@@ -188,8 +110,7 @@ def _interval(values: np.ndarray) -> Interval:
 
 def _gflop(evaluation: Evaluation, setting: Setting) -> float:
     """UNet arithmetic of one picture."""
-    arithmetic = evaluation.models[setting.model].arithmetic(setting.cut, evaluation.protocol)
-    plan = evaluation.models[setting.model].plan(setting)
+    model = evaluation.models[setting.model]
+    plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, evaluation.protocol)
     rows = 2 if evaluation.protocol.guidance_scale > 1 else 1
-    once = plan.num_encoder_runs * arithmetic.encoder + plan.num_calls * arithmetic.decoder
-    return rows * once
+    return rows * arithmetic.total(plan.num_encoder_runs, plan.num_calls)

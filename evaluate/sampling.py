@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encache import __version__
 from encache.evaluate.settings import Protocol, Setting
 from encache.evaluate.store import Arrays, Store
 from encache.model.arithmetic import Arithmetic, count_arithmetic
 from encache.model.checkpoint import Checkpoint, load_pipeline
-from encache.model.features import Cut
+from encache.model.features import Cut, ImageSpec
 from encache.runtime.engines import TORCH_DTYPES
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.schedulers import make_scheduler
 
 if TYPE_CHECKING:
-    from encache.evaluate.extractors import ClipScorer, Extractor
+    from encache.evaluate.extractors import ClipScorer, Extracted, Extractor
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,20 @@ class Model:
         self.checkpoint = checkpoint
         self.backend = backend
         self._pipelines: dict[Cut, EncachePipeline] = {}
-        self._arithmetic: dict[tuple[Cut, tuple[int, int]], Arithmetic] = {}
+        self._arithmetic: dict[tuple[Cut, tuple[int, ...]], Arithmetic] = {}
 
     @cached_property
     def diffusers(self) -> Any:
         """The undivided pipeline, on the backend's device."""
+        if self.backend.dtype == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # it would put a floor under small errors
         pipeline = load_pipeline(self.checkpoint, TORCH_DTYPES[self.backend.dtype])
         return pipeline.to(self.backend.device)
+
+    @cached_property
+    def spec(self) -> ImageSpec:
+        """How its pictures and latents relate."""
+        return ImageSpec.of(self.diffusers.unet.config, self.diffusers.vae.config)
 
     def pipeline(self, cut: Cut) -> EncachePipeline:
         """The model at this cut."""
@@ -76,11 +85,15 @@ class Model:
 
     def arithmetic(self, cut: Cut, protocol: Protocol) -> Arithmetic:
         """Of one row of one call."""
-        size = self.pipeline(cut).latent_size(protocol.height, protocol.width)
+        size = tuple(
+            (side or self.spec.picture_size) // self.spec.downscale
+            for side in (protocol.height, protocol.width)
+        )
         if (cut, size) not in self._arithmetic:
             length = self.diffusers.tokenizer.model_max_length
+            height, width = size
             self._arithmetic[cut, size] = count_arithmetic(
-                self.diffusers.unet.config, cut, *size, length
+                self.diffusers.unet.config, cut, height, width, length
             )
         return self._arithmetic[cut, size]
 
@@ -101,6 +114,8 @@ class Evaluation:
         self.store = store
         self.extractor = extractor
         self.clip = clip
+        self._warm: set[tuple[str, Cut]] = set()
+        self._last_reference: tuple[Setting, range, Tensor] | None = None
 
     def latents(self, setting: Setting, pictures: range) -> Arrays:
         """`latents` [n, 4, h, w] float32 and `seconds` (of the whole batch) for one batch."""
@@ -108,21 +123,15 @@ class Evaluation:
 
         def draw() -> Arrays:
             pipeline = model.pipeline(setting.cut)
-            pipeline.scheduler = model.scheduler(setting)
+            if (setting.model, setting.cut) not in self._warm:
+                self._sample(
+                    pipeline, replace(setting, steps=2, stride=1, key_calls=None), pictures
+                )
+                self._warm.add((setting.model, setting.cut))
             start = time.perf_counter()
-            latents = pipeline(
-                self.protocol.prompts_of(pictures),
-                height=self.protocol.height,
-                width=self.protocol.width,
-                num_inference_steps=setting.steps,
-                guidance_scale=self.protocol.guidance_scale,
-                latents=self._noise(pipeline, pictures),
-                output_type="latent",
-                **setting.policy,
-            ).images
-            latents = latents.cpu()  # waits for the device
+            latents = self._sample(pipeline, setting, pictures)
             seconds = time.perf_counter() - start
-            return {"latents": latents.numpy(), "seconds": np.array(seconds)}
+            return {"latents": latents, "seconds": np.array(seconds)}
 
         return self.store.get(self._describe(setting, pictures), draw)
 
@@ -139,12 +148,20 @@ class Evaluation:
 
         `features` [n, D], `probabilities`, `spatial` of the extractor, `clip_score` [n] of CLIP.
         """
-        description = {
-            "extracted": self._describe(setting, pictures),
-            "extractor": self.extractor and self.extractor.name,
-            "clip": self.clip and self.clip.name,
-        }
-        return self.store.get(description, lambda: self._extract(setting, pictures))
+        drawn = {"extracted": self._describe(setting, pictures)}
+        found: dict[str, np.ndarray] = {}
+        if extractor := self.extractor:
+            found |= self.store.get(
+                {**drawn, "extractor": extractor.name},
+                lambda: _by_name(extractor(self.pictures(setting, pictures))),
+            )
+        if clip := self.clip:
+            prompts = self.protocol.prompts_of(pictures)
+            found |= self.store.get(
+                {**drawn, "clip": clip.name},
+                lambda: {"clip_score": clip(self.pictures(setting, pictures), prompts).numpy()},
+            )
+        return found
 
     def pictures(self, setting: Setting, pictures: range) -> Tensor:
         """Decoded pictures [n, 3, H, W] in [0, 1] of one batch."""
@@ -155,22 +172,32 @@ class Evaluation:
 
     def _compare(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
         ours, theirs = (self.latents(one, pictures)["latents"] for one in (setting, reference))
-        drawn, wanted = (self.pictures(one, pictures) for one in (setting, reference))
+        drawn, wanted = self.pictures(setting, pictures), self._reference(reference, pictures)
         return {
             "latent_error": relative_error(ours, theirs),
             "psnr": psnr(drawn, wanted).numpy(),
             "ssim": ssim(drawn, wanted).numpy(),
         }
 
-    def _extract(self, setting: Setting, pictures: range) -> Arrays:
-        drawn = self.pictures(setting, pictures)
-        found: dict[str, np.ndarray] = {}
-        if self.extractor:
-            extracted = asdict(self.extractor(drawn))
-            found |= {name: one.numpy() for name, one in extracted.items() if one is not None}
-        if self.clip:
-            found["clip_score"] = self.clip(drawn, self.protocol.prompts_of(pictures)).numpy()
-        return found
+    def _reference(self, reference: Setting, pictures: range) -> Tensor:
+        """The reference's pictures, kept while all settings are compared with the same batch."""
+        if self._last_reference is None or self._last_reference[:2] != (reference, pictures):
+            self._last_reference = (reference, pictures, self.pictures(reference, pictures))
+        return self._last_reference[2]
+
+    def _sample(self, pipeline: EncachePipeline, setting: Setting, pictures: range) -> np.ndarray:
+        pipeline.scheduler = self.models[setting.model].scheduler(setting)
+        latents = pipeline(
+            self.protocol.prompts_of(pictures),
+            height=self.protocol.height,
+            width=self.protocol.width,
+            num_inference_steps=setting.steps,
+            guidance_scale=self.protocol.guidance_scale,
+            latents=self._noise(pipeline, pictures),
+            output_type="latent",
+            **setting.policy,
+        ).images
+        return latents.cpu().numpy()  # waits for the device
 
     def _noise(self, pipeline: EncachePipeline, pictures: range) -> Tensor:
         """z [n, 4, h, w]; a picture's own seed draws its own, whatever the batch."""
@@ -185,7 +212,9 @@ class Evaluation:
         model = self.models[setting.model]
         return {
             "checkpoint": model.checkpoint.fingerprint,
-            "setting": asdict(replace(setting, model="")),
+            "plan": model.plan(setting).hash(),
+            "cut": setting.cut,
+            "versions": [__version__, *map(version, ("torch", "diffusers", "onnxruntime"))],
             "backend": model.backend.name,
             "dtype": model.backend.dtype,
             "device": model.backend.device,
@@ -194,6 +223,10 @@ class Evaluation:
             "guidance_scale": self.protocol.guidance_scale,
             "size": [self.protocol.height, self.protocol.width],
         }
+
+
+def _by_name(extracted: "Extracted") -> Arrays:
+    return {name: one.numpy() for name, one in vars(extracted).items() if one is not None}
 
 
 def relative_error(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -44,7 +44,8 @@ class Setting:
         return {
             "stride": self.stride,
             "key_calls": self.key_calls,
-            "blend": self.blend,
+            # Plain sampling has each call's own features: a second slot would cost for naught.
+            "blend": "reuse" if self.plain else self.blend,
             "prior_noise": self.prior_noise,
         }
 

@@ -33,6 +33,6 @@ class Store:
             pass  # never made, or damaged: make it anew
         arrays = make()
         content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **arrays)
+        np.savez(content, **arrays)  # type: ignore[arg-type]
         write_atomically(path, content.getvalue())
         return arrays

@@ -27,6 +27,10 @@ class Arithmetic:
         """One undivided UNet evaluation."""
         return self.encoder + self.decoder
 
+    def total(self, num_encoder_runs: int, num_calls: int) -> float:
+        """GFLOP of one row over a whole sampling run."""
+        return num_encoder_runs * self.encoder + num_calls * self.decoder
+
 
 def count_arithmetic(
     unet_config: Mapping[str, Any], cut: Cut, height: int, width: int, text_length: int = 77

@@ -155,7 +155,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def _gflop(plan: Plan, arithmetic: Arithmetic) -> float:
     """Per row of the batch."""
-    return plan.num_encoder_runs * arithmetic.encoder + plan.num_calls * arithmetic.decoder
+    return arithmetic.total(plan.num_encoder_runs, plan.num_calls)
 
 
 def _sampler(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from encache.errors import EncacheError
+from encache.model.pictures import crop_to
 from encache.train import emoji
 from encache.train.loop import generator_of
 
@@ -306,11 +307,7 @@ class _CountFrom:
 
 
 def to_pixels(image: Image.Image, resolution: int, mirror: bool) -> Tensor:
-    """Shrink the shorter side to `resolution`, cut out the middle: [3, R, R] in [-1, 1]."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
-    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    """The middle of the picture as [3, R, R] in [-1, 1]."""
+    pixels = np.array(crop_to(image, resolution, resolution))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
     return tensor.flip(-1) if mirror else tensor

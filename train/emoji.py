@@ -146,7 +146,7 @@ def load_posed_images(
 
 
 def load_posed_image(emoji: Emoji, generator: torch.Generator) -> Image.Image:
-    """Read the picture mirrored or not, turned by up to 5 degrees, shrunk to 0.85 at least, shifted.
+    """Read the picture mirrored or not, turned by up to 5 degrees, shrunk to 0.85 or more, shifted.
 
     Poses give a caption as many pictures as it has in life: without them a small model learns its
     few pictures by heart, and sampling it becomes easier than sampling anything that people use.

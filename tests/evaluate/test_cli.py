@@ -19,7 +19,7 @@ def arguments(model_folder, tmp_path):
     def make(*more, ckpts=(model_folder,)):
         values = [word for ckpt in ckpts for word in ("--ckpt", ckpt)]
         values += ["--prompts", prompts, "--num-images", 4, "--steps", 8, "--batch-size", 2]
-        values += ["--stride", 2, "--stride", 4, "--device", "cpu"]
+        values += ["--stride", 2, "--stride", 4]
         values += ["--report", tmp_path / "report", *more]
         return [str(value) for value in values]
 
@@ -85,13 +85,41 @@ def test_real_pictures_give_distances(arguments, tmp_path):
         assert math.isfinite(row["frechet"])
         assert 0 <= row["precision"] <= 1
         assert row["retrieval"]["mean"] == 1.0  # both names are among the 5 nearest of 5
-    # More pictures in the folder are other real pictures.
+    # More pictures in the folder are other real pictures; one that is none is named.
+    (real / "6.png").write_bytes(b"no picture")
     Image.new("RGB", (30, 20), "black").save(real / "5.png")
     before = rows_of(tmp_path / "report")[0]["frechet"]
     evaluate(
         arguments("--real", real, "--extractor", "efficientnet-lite0", "--no-drift", "--grid", 0)
     )
     assert rows_of(tmp_path / "report")[0]["frechet"] != before
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["protocol"]["real pictures"], report["protocol"]["unreadable"]) == (6, ["6.png"])
+    (real / "metadata.jsonl").write_text("{}")
+    result = CliRunner().invoke(
+        main, arguments("--real", real, "--extractor", "efficientnet-lite0")
+    )
+    assert result.exit_code == 1
+    assert "needs lines like" in result.stderr
+
+
+def test_few_real_pictures_are_refused_before_anything_is_drawn(arguments, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs encache[eval]")
+    (tmp_path / "none").mkdir()
+    result = CliRunner().invoke(
+        main, arguments("--real", tmp_path / "none", "--extractor", "efficientnet-lite0")
+    )
+    assert result.exit_code == 1
+    assert "holds 0 readable pictures" in result.stderr
+    assert not list((tmp_path / "report" / "store").iterdir())
+
+
+def test_the_grid_shows_each_seed_of_a_prompt(arguments, tmp_path):
+    evaluate(arguments("--grid", 3, "--no-drift"))
+    page = (tmp_path / "report" / "index.html").read_text()
+    for heading in ("red apple (seed 0)", "hot dog (seed 1)", "red apple (seed 2)"):
+        assert f">{heading}<" in page
+    assert "hot dog (seed 3)" not in page
 
 
 def test_several_checkpoints_share_the_first_ones_reference(arguments, model_folder, tmp_path):
@@ -124,6 +152,9 @@ def test_dry_run_lists_settings(arguments, tmp_path):
     ("more", "code", "message"),
     [
         (["--real", "."], 2, "--real needs --extractor"),
+        (["--device", "quantum"], 2, "--device quantum cannot be used"),
+        (["--device", "cpu", "--backend", "onnxruntime"], 2, "--device is for torch"),
+        (["--base", "somewhere"], 2, "--base completes .safetensors files"),
         (["--stride", "9"], 1, "stride 9 must be between"),
         (["--paper-key-calls"], 1, "for 50 and 20 calls, not for 8"),
         (["--cut", "up7"], 2, "'up7' is not one of"),

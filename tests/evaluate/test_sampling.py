@@ -93,7 +93,8 @@ def test_divergence_is_infinite_error():
 
 def test_a_repeated_evaluation_draws_nothing(evaluation, monkeypatch):
     first = [evaluation.compare(CACHED, FULL, one) for one in PROTOCOL.batches]
-    monkeypatch.setattr(Model, "pipeline", None)  # any drawing would fail
+    evaluation._last_reference = None
+    monkeypatch.setattr(EncachePipeline, "__call__", None)  # any drawing would fail
     again = [evaluation.compare(CACHED, FULL, one) for one in PROTOCOL.batches]
     for left, right in zip(first, again, strict=True):
         assert all(np.array_equal(left[name], right[name]) for name in left)
@@ -135,7 +136,7 @@ def test_a_row_counts_what_its_plan_runs(evaluation):
 
 def test_the_opponent_has_at_most_the_same_arithmetic(evaluation):
     for setting in (CACHED, Setting("tiny", "", 10, "up2", "extrapolate", 3)):
-        opponent = plain_at_equal_arithmetic(evaluation, setting)
+        opponent = plain_at_equal_arithmetic(evaluation.models["tiny"], PROTOCOL, setting)
         ours, theirs = (
             make_row(evaluation, one, FULL, FULL, None).gflop for one in (setting, opponent)
         )
