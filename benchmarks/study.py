@@ -174,16 +174,17 @@ def open_evaluation(num_images: int) -> Evaluation:
 
 def answers(
     evaluation: Evaluation,
-) -> Iterator[tuple[str, Setting, Setting, list[Setting]]]:
-    """The questions with the opponents of all their settings: as many plain steps as each buys."""
+) -> Iterator[tuple[str, Setting, Setting, dict[Setting, Setting | None]]]:
+    """The questions; every cached setting comes with as many plain steps as it costs."""
     variants = [name for name in evaluation.models if name != SHIPPED]
     for question, (reference, full, settings) in questions(variants).items():
-        opponents = [
-            plain_at_equal_arithmetic(evaluation.models[one.model], evaluation.protocol, one)
+        opponents = {
+            one: plain_at_equal_arithmetic(evaluation.models[one.model], evaluation.protocol, one)
             for one in settings
             if not one.plain
-        ]
-        yield question, reference, full, list(dict.fromkeys([*settings, *opponents]))
+        }
+        listed = [*settings, *opponents.values()]
+        yield question, reference, full, {one: opponents.get(one) for one in listed}
 
 
 def sample(evaluation: Evaluation) -> None:
@@ -205,9 +206,9 @@ def report(evaluation: Evaluation, output: Path) -> None:
                 evaluation,
                 setting,
                 reference,
-                make_row(evaluation, setting, reference, full, real),
+                make_row(evaluation, setting, reference, full, opponent, real),
             )
-            for setting in settings
+            for setting, opponent in settings.items()
         ]
         for question, reference, full, settings in answers(evaluation)
     }

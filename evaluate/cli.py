@@ -189,8 +189,10 @@ def main(
         [False, True] if prior_noise else [False],
     )
     asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]
-    opponents = [rows.plain_at_equal_arithmetic(models[one.model], protocol, one) for one in cached]
-    listed = list(dict.fromkeys([reference, *fulls, *asked, *opponents, *cached]))
+    opponents = {
+        one: rows.plain_at_equal_arithmetic(models[one.model], protocol, one) for one in cached
+    }
+    listed = list(dict.fromkeys([reference, *fulls, *asked, *opponents.values(), *cached]))
     if dry_run:
         click.echo("\n".join(one.name for one in listed))
         return
@@ -209,7 +211,9 @@ def main(
             machine=describe_machine(),
             protocol=_facts(evaluation, reference, pictures),
             rows=tuple(
-                rows.make_row(evaluation, one, reference, full_of[one.model], pictures)
+                rows.make_row(
+                    evaluation, one, reference, full_of[one.model], opponents.get(one), pictures
+                )
                 for one in listed
             ),
             drift=_drift(evaluation, first) if drift else None,

@@ -19,7 +19,7 @@ def headline(rows: Sequence[Row]) -> str:
     matches = [found for row in judged if (found := match(row, rows))]
     matched = [found.row for found in matches]
     outcomes: dict[Outcome, list[Match]] = {"closer": [], "further": [], "alike": []}
-    for found in sorted(matches, key=lambda found: found.ratio):
+    for found in sorted(matches, key=lambda found: found.ratio.mean):
         outcomes[found.outcome].append(found)
     sentences = (
         _setup(rows, cached),
@@ -104,13 +104,13 @@ def _further(matches: Sequence[Match]) -> str:
 def _alike(matches: Sequence[Match]) -> str:
     if not matches:
         return ""
-    return f"The intervals do not tell the plain sampler apart from {_names(matches)}."
+    return f"Not to be told apart from the plain sampler: {_names(matches)}."
 
 
 def _alone(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    return f"No plain sampler of so little arithmetic was measured beside {_listed(rows)}."
+    return f"No plain sampler at equal arithmetic was measured beside {_listed(rows)}."
 
 
 def _diverged(rows: Sequence[Row]) -> str:
@@ -119,11 +119,13 @@ def _diverged(rows: Sequence[Row]) -> str:
 
 def _example(found: Match, num_matches: int) -> str:
     row, opponent = found.row, found.opponent
+    assert row.error  # or there would be no ratio
+    assert opponent.error
     return (
         f"{'Most clearly, at' if num_matches > 1 else 'At'} {row.share:.2f} of the arithmetic, "
-        f"“{row.name}” has an error of {with_interval(found.error)} in "
+        f"“{row.name}” has an error of {with_interval(row.error)} in "
         f"{significant(row.seconds, 3)} s; the plain sampler with as many steps as that buys "
-        f"({opponent.steps}, at {opponent.share:.2f}) has {with_interval(found.opponent_error)} "
+        f"({opponent.steps}, at {opponent.share:.2f}) has {with_interval(opponent.error)} "
         f"in {significant(opponent.seconds, 3)} s."
     )
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from encache.evaluate.results import SHARE_SLACK, Row, front
+from encache.evaluate.results import Row, front
 
 #: Below this a latent error is rounding, and would only stretch the axis.
 SMALLEST_ERROR = 1e-7
@@ -61,9 +61,7 @@ def front_plot(rows: Sequence[Row], cost: Callable[[Row], float], cost_name: str
 
     def draw(axes: Axes) -> None:
         points = [row for row in rows if can_plot(row)]
-        fulls = [
-            row for row in rows if row.full and row.share <= 1 + SHARE_SLACK and not row.diverged
-        ]
+        fulls = [row for row in rows if row.full and row.share <= 1.001 and not row.diverged]
         for row in fulls:
             axes.axvline(cost(row), color=_INK, linewidth=0.8, linestyle=":")
         best = [row for row in front(rows, cost) if can_plot(row)]

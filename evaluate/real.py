@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,7 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
     captions = _read_captions(folder)
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     parts = [
-        store.get(
-            _describe(batch, extractor, size), lambda batch=batch: _extract(batch, extractor, size)
-        )
+        store.get(_describe(batch, extractor, size), partial(_extract, batch, extractor, size))
         for batch in tqdm(batches, desc="real pictures")
     ]
     readable = np.concatenate([part["readable"] for part in parts]) if parts else np.zeros(0, bool)

@@ -10,9 +10,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from encache.errors import EncacheError
 from encache.evaluate.page import render
-from encache.evaluate.results import Drift, Interval, Report, Row
+from encache.evaluate.results import Interval, Report, Row
 from encache.runtime.files import check_writable, write_atomically
 
 REPORT = "report.json"
@@ -35,43 +34,11 @@ def write_report(report: Report, folder: Path) -> Path:
     return folder / PAGE
 
 
-def read_report(folder: Path) -> Report:
-    """Read what `write_report` wrote, without the pictures.
-
-    A number that was not finite comes back as NaN, or as None where a row may lack it.
-
-    Raises:
-        EncacheError: there is no report, or it cannot be understood.
-    """
-    path = folder / REPORT
-    try:
-        return from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise EncacheError(f"There is no report in {folder}: {REPORT} is missing.") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise EncacheError(
-            f"{path} is damaged or from another version of encache ({error}). Delete it and "
-            "evaluate again."
-        ) from error
-
-
 def to_json(report: Report) -> str:
     """Everything but the pictures as strict JSON; numbers that are not finite become null."""
     content = asdict(replace(report, grid={}))
     del content["grid"]
     return json.dumps(strict(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def from_json(text: str) -> Report:
-    """The report that `to_json` turned into this text, without its pictures."""
-    content = json.loads(text)
-    return Report(
-        title=content["title"],
-        machine=content["machine"],
-        protocol=content["protocol"],
-        rows=tuple(_read_row(row) for row in content["rows"]),
-        drift=_read_drift(content["drift"]) if content["drift"] else None,
-    )
 
 
 def to_csv(report: Report) -> str:
@@ -116,25 +83,3 @@ def strict(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
     return str(value)
-
-
-def _read_row(content: dict[str, Any]) -> Row:
-    values = dict(content, key_calls=tuple(content["key_calls"]))
-    for name in ("gflop", "share", "seconds"):
-        values[name] = _number(values[name])
-    for name in _INTERVALS:
-        if values[name] is not None:
-            values[name] = Interval(**{key: _number(x) for key, x in values[name].items()})
-    return Row(**values)
-
-
-def _read_drift(content: dict[str, Any]) -> Drift:
-    curves = {
-        field: {name: tuple(map(_number, xs)) for name, xs in content[field].items()}
-        for field in ("by_tensor", "by_call", "by_time")
-    }
-    return Drift(lags=tuple(content["lags"]), **curves)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

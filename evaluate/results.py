@@ -11,9 +11,6 @@ from typing import Any, Literal
 
 from PIL import Image
 
-#: How much more arithmetic, as a share of the full sampler's, still counts as equal.
-SHARE_SLACK = 0.005
-
 #: PNG bytes or a PIL image.
 Picture = bytes | Image.Image
 #: Whether a setting stays closer to the full sampler than its opponent, or further from it.
@@ -45,6 +42,8 @@ class Row:
         seconds: per image, of text encoding and sampling in batches, without the image decoder.
         latent_error: squared latent difference to the full sampler at the same seeds, relative;
             None for the full sampler itself (or whatever else is the reference).
+        opponent: name of the plain row with as many steps as this one's arithmetic buys.
+        times_plain: the mean latent error as a multiple of the opponent's, over the same pictures.
         psnr, ssim: of the pictures against the full sampler's at the same seeds; in dB, and <= 1.
         frechet: distance to real pictures.
         spatial_frechet: the same on features that keep their places (sFID with Inception).
@@ -70,6 +69,8 @@ class Row:
     share: float
     seconds: float
     latent_error: Interval | None = None
+    opponent: str | None = None
+    times_plain: Interval | None = None
     psnr: Interval | None = None
     ssim: Interval | None = None
     frechet: float | None = None
@@ -136,59 +137,29 @@ class Report:
 
 @dataclass(frozen=True)
 class Match:
-    """A cached setting beside the plain sampler at equal arithmetic, and their latent errors."""
+    """A cached setting beside the plain sampler at equal arithmetic.
+
+    `ratio` is the setting's mean error as a multiple of its opponent's, over the same pictures.
+    """
 
     row: Row
-    error: Interval
     opponent: Row
-    opponent_error: Interval
-
-    @property
-    def ratio(self) -> float:
-        """The setting's error as a multiple of its opponent's."""
-        theirs = self.opponent_error.mean
-        return self.error.mean / theirs if theirs else math.inf
+    ratio: Interval
 
     @property
     def outcome(self) -> Outcome:
-        """Which one is closer to the full sampler; alike where the intervals overlap.
-
-        Both samplers see the same seeds, so this is stricter than an interval of the differences.
-        """
-        if self.error.high < self.opponent_error.low:
+        """Which one is closer to the full sampler; alike where the interval holds 1."""
+        if self.ratio.high < 1:
             return "closer"
-        return "further" if self.error.low > self.opponent_error.high else "alike"
-
-
-def plain_at_equal_arithmetic(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The plain sampler that a cached setting must beat; None where none was measured.
-
-    It is the plain row with the largest share of the arithmetic that is at most the setting's
-    plus `SHARE_SLACK`. Nothing is interpolated. Only plain rows of the same checkpoint and
-    scheduler count, or those of the first full sampler where the setting has no full sampler of
-    its own, since that is then what its error was measured against.
-    """
-    if row.plain:
-        return None
-    fulls = [other for other in rows if other.full]
-    model = next((full for full in fulls if _model(full) == _model(row)), (fulls or [row])[0])
-    affordable = [
-        other
-        for other in rows
-        if other.plain
-        and not other.diverged
-        and _model(other) == _model(model)
-        and other.share <= row.share + SHARE_SLACK
-    ]
-    return max(affordable, key=lambda other: other.share, default=None)
+        return "further" if self.ratio.low > 1 else "alike"
 
 
 def match(row: Row, rows: Sequence[Row]) -> Match | None:
-    """The setting beside its opponent; None without an opponent or without two finite errors."""
-    opponent = plain_at_equal_arithmetic(row, rows)
-    if row.diverged or row.error is None or opponent is None or opponent.error is None:
+    """The setting beside its opponent; None without one, or where either diverged."""
+    opponent = next((other for other in rows if other.name == row.opponent), None)
+    if row.times_plain is None or opponent is None or row.diverged or opponent.diverged:
         return None
-    return Match(row, row.error, opponent, opponent.error)
+    return Match(row, opponent, row.times_plain)
 
 
 def front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
@@ -204,10 +175,6 @@ def _beats(row: Row, other: Row, cost: Callable[[Row], float]) -> bool:
         return False
     ours, theirs = (cost(row), row.error.mean), (cost(other), other.error.mean)
     return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
-
-
-def _model(row: Row) -> tuple[str, str]:
-    return row.checkpoint, row.scheduler
 
 
 def _all_finite(value: Any) -> bool:

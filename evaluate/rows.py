@@ -8,6 +8,7 @@ import numpy as np
 
 from encache.evaluate.distribution import (
     bootstrap_interval,
+    bootstrap_ratio,
     frechet_distance,
     inception_score,
     precision_recall,
@@ -33,7 +34,12 @@ def plain_at_equal_arithmetic(model: Model, protocol: Protocol, setting: Setting
 
 
 def make_row(
-    evaluation: Evaluation, setting: Setting, reference: Setting, full: Setting, real: Real | None
+    evaluation: Evaluation,
+    setting: Setting,
+    reference: Setting,
+    full: Setting,
+    opponent: Setting | None = None,
+    real: Real | None = None,
 ) -> Row:
     """Gather one setting's batches.
 
@@ -42,6 +48,7 @@ def make_row(
         setting: the row.
         reference: what its errors are measured against.
         full: the full sampler, whose arithmetic is 1.
+        opponent: the plain sampler at equal arithmetic.
         real: for distances to real pictures.
     """
     protocol = evaluation.protocol
@@ -71,6 +78,8 @@ def make_row(
         share=_gflop(evaluation, setting) / _gflop(evaluation, full),
         seconds=median(seconds),
         latent_error=None if is_reference else _interval(pairs["latent_error"]),
+        opponent=opponent.name if opponent else None,
+        times_plain=_times_plain(evaluation, pairs["latent_error"], opponent, reference),
         psnr=None if is_reference else _interval(pairs["psnr"]),
         ssim=None if is_reference else _interval(pairs["ssim"]),
         clip_score=_interval(extracted["clip_score"]) if "clip_score" in extracted else None,
@@ -100,6 +109,20 @@ def _distribution(evaluation: Evaluation, extracted: Arrays, real: Real | None) 
         hits = retrieval_accuracy(features, prompts, real.features, real.captions)
         found["retrieval"] = _interval(np.asarray(hits, dtype=float))
     return found
+
+
+def _times_plain(
+    evaluation: Evaluation, errors: np.ndarray, opponent: Setting | None, reference: Setting
+) -> Interval | None:
+    """The ratio of the mean errors, with an interval over pairs of pictures."""
+    if opponent is None or opponent == reference:  # whose error is zero
+        return None
+    theirs = gather(
+        [evaluation.compare(opponent, reference, one) for one in evaluation.protocol.batches]
+    )["latent_error"]
+    if not (np.isfinite(errors).all() and np.isfinite(theirs).all() and theirs.any()):
+        return None
+    return Interval(*bootstrap_ratio(errors, theirs))
 
 
 def _interval(values: np.ndarray) -> Interval:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from html import escape
 from itertools import pairwise
 
 from encache.evaluate.headline import significant
-from encache.evaluate.results import SHARE_SLACK, Interval, Row, front, match
+from encache.evaluate.results import Interval, Row, front, match
 
 #: A value that is missing.
 DASH = "&ndash;"
@@ -94,8 +94,9 @@ def _comparison(rows: Sequence[Row]) -> list[Column]:
         found = match(row, rows)
         if found is None:
             return DASH
-        ratio = "∞" if math.isinf(found.ratio) else significant(found.ratio)
-        return f'<b class="{found.outcome}">{ratio}</b><small>{found.opponent.steps} steps</small>'
+        mean, low, high = map(significant, astuple(found.ratio))
+        steps = f"{found.opponent.steps} steps"
+        return f'<b class="{found.outcome}">{mean}</b><small>[{low}, {high}]<br>{steps}</small>'
 
     return [
         Column(
@@ -110,9 +111,9 @@ def _comparison(rows: Sequence[Row]) -> list[Column]:
         ),
         Column(
             "&times; plain ↓",
-            "the latent error as a multiple of the plain sampler's at equal arithmetic, which is "
-            f"the one with the largest share up to {SHARE_SLACK} above the setting's; its steps "
-            "stand below; less than 1 beats it",
+            "the mean latent error as a multiple of the plain sampler's over the same pictures, "
+            "with as many steps as the setting's arithmetic buys; they stand below; less than 1 "
+            "beats it",
             against_plain,
         ),
         Column(

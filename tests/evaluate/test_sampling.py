@@ -122,7 +122,7 @@ def test_nothing_pickled_is_read_from_the_store(tmp_path):
 
 
 def test_a_row_counts_what_its_plan_runs(evaluation):
-    row = make_row(evaluation, CACHED, FULL, FULL, None)
+    row = make_row(evaluation, CACHED, FULL, FULL)
     arithmetic = evaluation.models["tiny"].arithmetic("mid", PROTOCOL)
     assert (row.encoder_runs, row.num_calls, row.key_calls) == (2, 10, (0, 5))
     # Two rows per picture: with the prompt and without.
@@ -130,18 +130,31 @@ def test_a_row_counts_what_its_plan_runs(evaluation):
     assert row.share == pytest.approx(row.gflop / (20 * arithmetic.full))
     assert row.latent_error.low <= row.latent_error.mean <= row.latent_error.high
     assert row.num_images == 5
-    full = make_row(evaluation, FULL, FULL, FULL, None)
+    full = make_row(evaluation, FULL, FULL, FULL)
     assert (full.share, full.latent_error, full.plain) == (1.0, None, True)
 
 
 def test_the_opponent_has_at_most_the_same_arithmetic(evaluation):
     for setting in (CACHED, Setting("tiny", "", 10, "up2", "extrapolate", 3)):
         opponent = plain_at_equal_arithmetic(evaluation.models["tiny"], PROTOCOL, setting)
-        ours, theirs = (
-            make_row(evaluation, one, FULL, FULL, None).gflop for one in (setting, opponent)
-        )
+        ours, theirs = (make_row(evaluation, one, FULL, FULL).gflop for one in (setting, opponent))
         one_more = theirs * (opponent.steps + 1) / opponent.steps
         assert theirs <= ours * (1 + 1e-6) < one_more * (1 + 1e-6)
+
+
+def test_the_ratio_to_the_opponent_is_paired(evaluation):
+    opponent = plain_at_equal_arithmetic(evaluation.models["tiny"], PROTOCOL, CACHED)
+    row = make_row(evaluation, CACHED, FULL, FULL, opponent)
+    ours, theirs = (
+        np.concatenate(
+            [evaluation.compare(one, FULL, batch)["latent_error"] for batch in PROTOCOL.batches]
+        )
+        for one in (CACHED, opponent)
+    )
+    assert row.opponent == opponent.name
+    assert row.times_plain.mean == pytest.approx(ours.mean() / theirs.mean())
+    assert row.times_plain.low <= row.times_plain.mean <= row.times_plain.high
+    assert make_row(evaluation, CACHED, FULL, FULL, FULL).times_plain is None
 
 
 def test_drift_equals_features_of_a_stepped_sampler(model_folder):
