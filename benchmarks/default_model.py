@@ -1,6 +1,6 @@
 """Does the default model draw what it is asked for? Draws every concept once, with seed 0.
 
-    python benchmarks/default_model.py --emoji-dir runs/emoji/package
+    python benchmarks/default_model.py --emoji-dir runs/emoji/data
 
 A picture counts as recognised when, of all the real emoji of the vocabulary, the one that was asked
 for is the nearest in squared pixel distance. Writes JSON and one grid of all pictures.
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from encache.runtime.machine import describe_machine
 from encache.runtime.pipeline import EncachePipeline
-from encache.train.emoji import CONCEPT_CATEGORIES, load_images, read_emoji
+from encache.train.emoji import CONCEPT_CATEGORIES, TWEMOJI, load_images, read_emoji
 
 STEPS, GUIDANCE_SCALE, COLUMNS = 50, 2.0, 20
 
@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/default_model.json"))
     parser.add_argument("--grid", type=Path, default=Path("docs/samples.png"))
     options = parser.parse_args()
-    concepts = read_emoji(options.emoji_dir, CONCEPT_CATEGORIES)
+    twemoji = options.emoji_dir / TWEMOJI.word
+    listed = read_emoji(options.emoji_dir, CONCEPT_CATEGORIES)
+    concepts = [one for one in listed if twemoji in one.image.parents]
     prompts = [concept.captions[0] for concept in concepts]
     real = load_images(concepts) / 2 + 0.5
     pipeline = EncachePipeline.from_pretrained()

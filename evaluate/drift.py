@@ -6,6 +6,7 @@ little. It also shows which tensors spoil it.
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -42,9 +43,10 @@ class _Comparison:
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
         self.names = [feature.name for feature in engines.features]
-        self.recent: deque[list[Tensor]] = deque(maxlen=max(LAGS) + 1)
+        self.recent: deque[list[Tensor]] = deque(maxlen=2 * max(LAGS) + 1)
         self.latents: Tensor | None = None
         self.changes: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.misses: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.by_time: dict[str, list[float]] = defaultdict(list)
 
     def __call__(
@@ -57,18 +59,26 @@ class _Comparison:
                 self.by_time[name].append(relative_change(now[0], before))
         self.recent.append(features)
         self.latents = latents
-        for lag in LAGS:
+        for lag, (index, name) in product(LAGS, enumerate(self.names)):
             if lag < len(self.recent):
-                for name, now, before in zip(
-                    self.names, features, self.recent[-1 - lag], strict=True
-                ):
-                    self.changes[name, lag].append(relative_change(now, before))
+                now, before = features[index], self.recent[-1 - lag][index]
+                self.changes[name, lag].append(relative_change(now, before))
+            if 2 * lag < len(self.recent):
+                line = 2 * before - self.recent[-1 - 2 * lag][index]
+                self.misses[name, lag].append(relative_change(now, line))
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
     """||now - before||^2 / ||now||^2 over all elements."""
     change = (now - before).float().square().sum() / now.float().square().sum()
     return change.item()
+
+
+def _means(
+    values: dict[tuple[str, int], list[float]], names: Sequence[str], lags: Sequence[int]
+) -> dict[str, tuple[float, ...]]:
+    """One mean per lag that occurred, by name."""
+    return {name: tuple(fmean(v) for lag in lags if (v := values[name, lag])) for name in names}
 
 
 def measure_drift(
@@ -91,9 +101,8 @@ def measure_drift(
     lags = tuple(lag for lag in LAGS if compare.changes[compare.names[0], lag])
     return Drift(
         lags=lags,
-        by_tensor={
-            name: tuple(fmean(compare.changes[name, lag]) for lag in lags) for name in compare.names
-        },
+        by_tensor=_means(compare.changes, compare.names, lags),
+        extrapolated=_means(compare.misses, compare.names, lags),
         by_call={name: tuple(compare.changes[name, 1]) for name in compare.names},
         by_time={name: tuple(compare.by_time[name]) for name in compare.names},
     )

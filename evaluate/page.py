@@ -119,13 +119,17 @@ def _drift_section(drift: Drift | None) -> str:
     if drift is None or not drift.by_tensor:
         return ""
     lags = curves_plot(drift.by_tensor, drift.lags, "calls between")
+    lines = curves_plot(drift.extrapolated, drift.lags, "calls between")
     num_calls = max(map(len, drift.by_call.values()), default=0)
     calls = curves_plot(drift.by_call, range(num_calls), "call")
     times = curves_plot(drift.by_time, range(num_calls), "call")
     return (
         "<h2>How fast features change</h2>\n"
         f'<div class="pair"><figure>{lags}<figcaption>Between two calls of the full sampler, by '
-        "their distance, mean over all calls.</figcaption></figure>\n"
+        "their distance, mean over all calls: what reusing a feature gets wrong.</figcaption>"
+        f"</figure>\n<figure>{lines}<figcaption>Between a call and the line through the two calls "
+        "that lie one and two such distances before it: what extrapolating gets wrong."
+        "</figcaption></figure>\n"
         f"<figure>{calls}<figcaption>From each call to the next.</figcaption></figure>\n"
         f"<figure>{times}<figcaption>The same when only the timestep moves on and the latents "
         "stay: what the time embedding alone does.</figcaption></figure></div>\n"

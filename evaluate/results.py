@@ -104,13 +104,16 @@ class Drift:
     Attributes:
         lags: the distances d.
         by_tensor: for each feature the difference of calls k and k + d, one number per lag, mean
-            over k.
+            over k: the error of reusing it.
+        extrapolated: the difference of call k + d and the line through k - d and k: the error of
+            extrapolating it from key calls d apart, at its largest.
         by_call: for each feature the difference of calls k and k + 1, one number per k.
         by_time: the same if only the timestep moves on and the latents stay those of call k.
     """
 
     lags: tuple[int, ...]
     by_tensor: Mapping[str, tuple[float, ...]]
+    extrapolated: Mapping[str, tuple[float, ...]]
     by_call: Mapping[str, tuple[float, ...]]
     by_time: Mapping[str, tuple[float, ...]]
 

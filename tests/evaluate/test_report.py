@@ -82,7 +82,11 @@ def cached(name, share, error, **changes):
 GOOD, BAD = cached("good", 0.404, 0.001), cached("bad", 0.41, 0.05, psnr=interval(30.0))
 ROWS = (FULL, plain(25, 0.002), plain(20, 0.005), plain(10, 0.1), GOOD, BAD)
 DRIFT = Drift(
-    (1, 5), {"skip_0": (0.1, 0.2)}, {"skip_0": (0.3, 0.2, 0.1)}, {"skip_0": (0.1, 0.1, 0.0)}
+    lags=(1, 5),
+    by_tensor={"skip_0": (0.1, 0.2)},
+    extrapolated={"skip_0": (0.01, 0.3)},
+    by_call={"skip_0": (0.3, 0.2, 0.1)},
+    by_time={"skip_0": (0.1, 0.1, 0.0)},
 )
 
 
@@ -247,8 +251,8 @@ def test_numbers_are_short(value, text):
 
 def test_only_positive_finite_errors_are_plotted():
     exact = cached("stride 1", 0.9, 0.0)
-    assert render(report((FULL, exact))).count("<svg") == 3  # only those of the drift
-    assert render(report()).count("<svg") == 5
+    assert render(report((FULL, exact))).count("<svg") == 4  # only those of the drift
+    assert render(report()).count("<svg") == 6
 
 
 def test_names_are_not_mathematics_nor_markup_in_plots():

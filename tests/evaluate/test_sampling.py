@@ -186,6 +186,11 @@ def test_drift_equals_features_of_a_stepped_sampler(model_folder):
             for before, now in zip(tensors[:-2], tensors[2:], strict=True)
         ]
         assert drift.by_tensor[feature.name][1] == pytest.approx(np.mean(changes), rel=1e-3)
+        misses = [
+            ((now - (2 * near - far)) ** 2).sum().item() / (now**2).sum().item()
+            for far, near, now in zip(tensors[:-4], tensors[2:-2], tensors[4:], strict=True)
+        ]
+        assert drift.extrapolated[feature.name][1] == pytest.approx(np.mean(misses), rel=1e-3)
         assert len(drift.by_call[feature.name]) == 5
         by_time = [
             ((now[index] - before[index]) ** 2).sum().item() / (now[index] ** 2).sum().item()
