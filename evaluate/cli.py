@@ -239,7 +239,7 @@ def _open_models(
     from encache.model.checkpoint import find_checkpoint
 
     # A folder or hub id is complete in itself, so that it can be compared with its fine-tunings.
-    bases = [base if one and one.endswith(".safetensors") else None for one in ckpts]
+    bases = [base if one.endswith(".safetensors") else None for one in ckpts]
     found = [find_checkpoint(*pair) for pair in zip(ckpts, bases, strict=True)]
     found = found or [find_checkpoint()]
     names = [one.name for one in found]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,8 @@ class Evaluation:
         self.extractor = extractor
         self.clip = clip
         self._warm: set[tuple[str, Cut]] = set()
-        self._last_reference: tuple[Setting, range, Tensor] | None = None
+        # The reference and the setting at hand: each is compared, extracted and shown.
+        self.pictures = lru_cache(maxsize=2)(self._decode)
 
     def latents(self, setting: Setting, pictures: range) -> Arrays:
         """`latents` [n, 4, h, w] float32 and `seconds` (of the whole batch) for one batch."""
@@ -163,7 +164,7 @@ class Evaluation:
             )
         return found
 
-    def pictures(self, setting: Setting, pictures: range) -> Tensor:
+    def _decode(self, setting: Setting, pictures: range) -> Tensor:
         """Decoded pictures [n, 3, H, W] in [0, 1] of one batch."""
         latents = torch.from_numpy(self.latents(setting, pictures)["latents"])
         pipeline = self.models[setting.model].pipeline(setting.cut)
@@ -172,18 +173,12 @@ class Evaluation:
 
     def _compare(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
         ours, theirs = (self.latents(one, pictures)["latents"] for one in (setting, reference))
-        drawn, wanted = self.pictures(setting, pictures), self._reference(reference, pictures)
+        wanted, drawn = self.pictures(reference, pictures), self.pictures(setting, pictures)
         return {
             "latent_error": relative_error(ours, theirs),
             "psnr": psnr(drawn, wanted).numpy(),
             "ssim": ssim(drawn, wanted).numpy(),
         }
-
-    def _reference(self, reference: Setting, pictures: range) -> Tensor:
-        """The reference's pictures, kept while all settings are compared with the same batch."""
-        if self._last_reference is None or self._last_reference[:2] != (reference, pictures):
-            self._last_reference = (reference, pictures, self.pictures(reference, pictures))
-        return self._last_reference[2]
 
     def _sample(self, pipeline: EncachePipeline, setting: Setting, pictures: range) -> np.ndarray:
         pipeline.scheduler = self.models[setting.model].scheduler(setting)

@@ -46,8 +46,8 @@ def table(rows: Sequence[Row]) -> str:
         f'<p class="note">By falling arithmetic; the plain sampler is shaded. {STAR} marks what '
         "no other row beats in latent error at the same or less arithmetic, or time. The error is "
         '<b class="closer">less</b> or <b class="further">more</b> than the plain sampler\'s at '
-        "equal arithmetic where their intervals do not overlap. Brackets are 95 % bootstrap "
-        f"intervals.{everywhere and f' All rows: {everywhere}.'}</p>\n"
+        "equal arithmetic where the interval of their ratio leaves out 1. Brackets are 95 % "
+        f"bootstrap intervals.{everywhere and f' All rows: {everywhere}.'}</p>\n"
         f'<div class="scroll"><table><thead><tr><th scope="col">setting</th>{heads}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>\n"
         f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>\n"

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from encache.train.diffusion import add_noise, min_snr_weight
+from encache.train.diffusion import add_noise, min_snr_weight, weighted_error
 from encache.train.loop import Losses, Recipe, digest, fit, step_generators
 from encache.train.text import MAX_TOKENS, make_text_encoder
 
@@ -94,9 +94,8 @@ def train_denoiser(
         noisy = add_noise(clean, noise, alphas_cumprod[timesteps])
         device = model.unet.device
         predicted = module(noisy.to(device), timesteps.to(device), ids.to(device))
-        squared = (predicted - noise.to(device)).square().mean(dim=(1, 2, 3))
         weight = min_snr_weight(alphas_cumprod[timesteps], MIN_SNR_GAMMA).to(device)
-        return Losses({"denoise": (weight * squared).mean()})
+        return Losses({"denoise": weighted_error(predicted, noise.to(device), weight)})
 
     identity = {"latents": digest(data.latents), "vocabulary": len(tokenizer), "seed": seed}
     fit(model, step_generators(seed), compute_losses, recipe, checkpoint, identity=identity)

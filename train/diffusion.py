@@ -42,6 +42,12 @@ def ddim_step(
     return add_noise(clean, noise, after)
 
 
+def weighted_error(predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the batch of weight [B] times each row's mean squared difference, in float32."""
+    squared = (predicted.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+    return (weight * squared).mean()
+
+
 def min_snr_weight(
     alpha_bar: Tensor, gamma: float | None, prediction: Prediction = "epsilon"
 ) -> Tensor:

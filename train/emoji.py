@@ -142,7 +142,8 @@ def load_posed_images(
     emoji: Sequence[Emoji], poses: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Read each picture in `poses` random poses, float32 [N * poses, 3, 64, 64] in [-1, 1]."""
-    return _to_tensor([load_posed_image(one, generator) for one in emoji for _ in range(poses)])
+    images = (_over_white(one.image) for one in emoji)
+    return _to_tensor([_pose(image, generator) for image in images for _ in range(poses)])
 
 
 def load_posed_image(emoji: Emoji, generator: torch.Generator) -> Image.Image:

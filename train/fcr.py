@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
-from encache.train.diffusion import Prediction, add_noise, ddim_step, min_snr_weight, target
+from encache.train.diffusion import (
+    Prediction,
+    add_noise,
+    ddim_step,
+    min_snr_weight,
+    target,
+    weighted_error,
+)
 from encache.train.loop import Losses
 
 Form = Literal["raw", "relative"]
@@ -131,9 +138,8 @@ class FCRObjective(nn.Module):
         predicted = self._decode(split, older, batch.timesteps, batch.text)
         alpha_bar = self.alphas_cumprod[batch.timesteps]
         wanted = target(batch.clean, batch.noise, alpha_bar, self.prediction)
-        squared = (predicted.float() - wanted.float()).square().mean(dim=(1, 2, 3))
         weight = min_snr_weight(alpha_bar, settings.snr_gamma, self.prediction)
-        terms = {"denoise": (weight * squared).mean()}
+        terms = {"denoise": weighted_error(predicted, wanted, weight)}
         if settings.weight:
             # Where t < D the pair ends at 0: the denoising loss still needs the lowest timesteps.
             timesteps = (batch.timesteps - batch.deltas).clamp(min=0)
@@ -168,17 +174,16 @@ class FCRObjective(nn.Module):
             x = self._noised(batch, first)
             key = self._step(x, teacher(x, first, batch.text).sample, first, second)
             x = self._step(key, teacher(key, second, batch.text).sample, second, call)
-            wanted = teacher(x, call, batch.text).sample.float()
+            wanted = teacher(x, call, batch.text).sample
         newer = self._encode(split, key, second, batch.text)
         slope = (distance / gap.clamp(min=1)).view(-1, 1, 1, 1)
         features = [
             new + slope.to(new.dtype) * (new - old) for old, new in zip(older, newer, strict=True)
         ]
-        predicted = self._decode(split, features, call, batch.text).float()
-        squared = (predicted - wanted).square().mean(dim=(1, 2, 3))
+        predicted = self._decode(split, features, call, batch.text)
         alpha_bar = self.alphas_cumprod[call]
         weight = min_snr_weight(alpha_bar, self.settings.snr_gamma, self.prediction)
-        return (weight * squared).mean()
+        return weighted_error(predicted, wanted, weight)
 
     def _step(self, x: Tensor, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
         alphas = self.alphas_cumprod

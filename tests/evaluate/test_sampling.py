@@ -93,7 +93,7 @@ def test_divergence_is_infinite_error():
 
 def test_a_repeated_evaluation_draws_nothing(evaluation, monkeypatch):
     first = [evaluation.compare(CACHED, FULL, one) for one in PROTOCOL.batches]
-    evaluation._last_reference = None
+    evaluation.pictures.cache_clear()
     monkeypatch.setattr(EncachePipeline, "__call__", None)  # any drawing would fail
     again = [evaluation.compare(CACHED, FULL, one) for one in PROTOCOL.batches]
     for left, right in zip(first, again, strict=True):
