@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -229,13 +228,8 @@ def report(evaluation: Evaluation, output: Path) -> None:
 
 def describe(evaluation: Evaluation, setting: Setting, reference: Setting, row: Row) -> dict:
     """The row and the error of each picture, to five digits."""
-    errors = np.concatenate(list(_errors(evaluation, setting, reference)))
+    errors = evaluation.compare_all(setting, reference)["latent_error"]
     return {**asdict(row), "errors": [float(f"{error:.5g}") for error in errors]}
-
-
-def _errors(evaluation: Evaluation, setting: Setting, reference: Setting) -> Iterator[np.ndarray]:
-    for pictures in evaluation.protocol.batches:
-        yield evaluation.compare(setting, reference, pictures)["latent_error"]
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """From measurements to one row per setting: means, intervals, distances, costs."""
 
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -52,13 +51,14 @@ def make_row(
         real: for distances to real pictures.
     """
     protocol = evaluation.protocol
-    pairs = gather([evaluation.compare(setting, reference, one) for one in protocol.batches])
+    pairs = evaluation.compare_all(setting, reference)
     seconds = [
         float(evaluation.latents(setting, one)["seconds"]) / len(one) for one in protocol.batches
     ]
     extracted: Arrays = {}
     if evaluation.extractor or evaluation.clip:
-        extracted = gather([evaluation.extract(setting, one) for one in protocol.batches])
+        extracted = evaluation.extract_all(setting)
+    gflop = _gflop(evaluation, setting)
     plan = evaluation.models[setting.model].plan(setting)
     is_reference = setting == reference
     return Row(
@@ -74,8 +74,8 @@ def make_row(
         num_images=protocol.num_images,
         encoder_runs=plan.num_encoder_runs,
         num_calls=plan.num_calls,
-        gflop=_gflop(evaluation, setting),
-        share=_gflop(evaluation, setting) / _gflop(evaluation, full),
+        gflop=gflop,
+        share=gflop / _gflop(evaluation, full),
         seconds=median(seconds),
         latent_error=None if is_reference else _interval(pairs["latent_error"]),
         opponent=opponent.name if opponent else None,
@@ -85,11 +85,6 @@ def make_row(
         clip_score=_interval(extracted["clip_score"]) if "clip_score" in extracted else None,
         **_distribution(evaluation, extracted, real),
     )
-
-
-def gather(batches: Sequence[Arrays]) -> Arrays:
-    """Join the arrays of all batches by name."""
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _distribution(evaluation: Evaluation, extracted: Arrays, real: Real | None) -> dict[str, Any]:
@@ -117,9 +112,7 @@ def _times_plain(
     """The ratio of the mean errors, with an interval over pairs of pictures."""
     if opponent is None or opponent == reference:  # whose error is zero
         return None
-    theirs = gather(
-        [evaluation.compare(opponent, reference, one) for one in evaluation.protocol.batches]
-    )["latent_error"]
+    theirs = evaluation.compare_all(opponent, reference)["latent_error"]
     if not (np.isfinite(errors).all() and np.isfinite(theirs).all() and theirs.any()):
         return None
     return Interval(*bootstrap_ratio(errors, theirs))

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from encache import __version__
 from encache.evaluate.settings import Protocol, Setting
-from encache.evaluate.store import Arrays, Store
+from encache.evaluate.store import Arrays, Store, join
 from encache.model.arithmetic import Arithmetic, count_arithmetic
 from encache.model.checkpoint import Checkpoint, load_pipeline
 from encache.model.features import Cut, ImageSpec
+from encache.runtime.compare import psnr
 from encache.runtime.engines import TORCH_DTYPES
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
@@ -144,6 +145,10 @@ class Evaluation:
         }
         return self.store.get(description, lambda: self._compare(setting, reference, pictures))
 
+    def compare_all(self, setting: Setting, reference: Setting) -> Arrays:
+        """What `compare` finds in all batches, joined."""
+        return join(self.compare(setting, reference, one) for one in self.protocol.batches)
+
     def extract(self, setting: Setting, pictures: range) -> Arrays:
         """What the networks see in one batch, as far as there are any.
 
@@ -164,6 +169,10 @@ class Evaluation:
             )
         return found
 
+    def extract_all(self, setting: Setting) -> Arrays:
+        """What `extract` finds in all batches, joined."""
+        return join(self.extract(setting, one) for one in self.protocol.batches)
+
     def _decode(self, setting: Setting, pictures: range) -> Tensor:
         """Decoded pictures [n, 3, H, W] in [0, 1] of one batch."""
         latents = torch.from_numpy(self.latents(setting, pictures)["latents"])
@@ -176,7 +185,7 @@ class Evaluation:
         wanted, drawn = self.pictures(reference, pictures), self.pictures(setting, pictures)
         return {
             "latent_error": relative_error(ours, theirs),
-            "psnr": psnr(drawn, wanted).numpy(),
+            "psnr": psnr(drawn.numpy(), wanted.numpy()),
             "ssim": ssim(drawn, wanted).numpy(),
         }
 
@@ -229,12 +238,6 @@ def relative_error(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
     axes = (1, 2, 3)
     error = ((latents - reference) ** 2).sum(axes) / (reference**2).sum(axes)
     return np.where(np.isfinite(error), error, np.inf)
-
-
-def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB [n] of pictures in [0, 1]; equal ones give 99."""
-    error = (pictures - reference).square().mean(dim=(1, 2, 3))
-    return (-10 * error.log10()).clamp(max=99.0)
 
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ import numpy as np
 from encache.runtime.files import check_writable, write_atomically
 
 Arrays = Mapping[str, np.ndarray]
+
+
+def join(batches: Iterable[Arrays]) -> Arrays:
+    """Join the arrays of all batches by name, along their first axis."""
+    listed = list(batches)
+    return {name: np.concatenate([batch[name] for batch in listed]) for name in listed[0]}
 
 
 class Store:

@@ -1,6 +1,5 @@
 """An honest comparison in one run: the plain sampler, the same plan, the engines, fewer steps."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from encache.runtime.solver import count_calls
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-#: Makes one picture [H, W, 3] in [0, 1] from a prompt and unit noise [1, 4, h, w].
+#: Makes one picture [1, H, W, 3] in [0, 1] from a prompt and unit noise [1, 4, h, w].
 Sampler = Callable[[str, Tensor], np.ndarray]
 
 
@@ -105,7 +104,7 @@ def compare(
             if reference is None:
                 reference = picture
             else:
-                psnrs[index].append(psnr(picture, reference))
+                psnrs[index].extend(psnr(picture, reference))
     return [
         Row(
             name=name,
@@ -129,10 +128,10 @@ def steps_within(scheduler: Any, steps: int, gflop: float, arithmetic: Arithmeti
     return 1
 
 
-def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; equal pictures give 99."""
-    error = float(np.mean((picture - reference) ** 2))
-    return min(99.0, -10 * math.log10(error)) if error else 99.0
+def psnr(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB [n] of pictures [n, ...] in [0, 1]; equal ones give 99."""
+    error = ((pictures - reference) ** 2).reshape(len(pictures), -1).mean(axis=1)
+    return -10 * np.log10(error.clip(min=10**-9.9))
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -162,6 +161,6 @@ def _sampler(
     pipeline: "StableDiffusionPipeline | EncachePipeline", arguments: dict[str, Any]
 ) -> Sampler:
     def run(prompt: str, noise: Tensor) -> np.ndarray:
-        return pipeline(prompt, latents=noise, output_type="np", **arguments).images[0]
+        return pipeline(prompt, latents=noise, output_type="np", **arguments).images
 
     return run

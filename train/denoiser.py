@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from encache.train.diffusion import add_noise, min_snr_weight, weighted_error
 from encache.train.loop import Losses, Recipe, digest, fit, step_generators
-from encache.train.text import MAX_TOKENS, make_text_encoder
+from encache.train.text import make_text_encoder, tokenize
 
 RECIPE = Recipe(steps=8000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
 BATCH_SIZE = 32
@@ -100,17 +100,6 @@ def train_denoiser(
     identity = {"latents": digest(data.latents), "vocabulary": len(tokenizer), "seed": seed}
     fit(model, step_generators(seed), compute_losses, recipe, checkpoint, identity=identity)
     return model.cpu()
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids [len(texts), 16], padded or cut as StableDiffusionPipeline does."""
-    return tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
 
 
 def _draw_caption(captions: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:

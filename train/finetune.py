@@ -20,6 +20,7 @@ from encache.model.features import ImageSpec
 from encache.train.data import Draws, Example, Pictures, Steps, batches
 from encache.train.fcr import FCR, FCRObjective, NoisedBatch
 from encache.train.loop import Recipe, averaged, fit
+from encache.train.text import tokenize
 from encache.train.validation import sample_grid
 
 #: What diffusers' own LoRA training adapts: the projections of every attention.
@@ -171,13 +172,7 @@ class _Preparation:
         pixels = torch.stack([one.pixels for one in examples]).to(self.device, self.dtype)
         # The mean of the posterior, not a draw: its spread is far below the noise that is added.
         latents = self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
-        tokens = self.tokenizer(
-            [one.caption for one in examples],
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
+        tokens = tokenize(self.tokenizer, [one.caption for one in examples]).to(self.device)
         return NoisedBatch(
             clean=latents.float(),
             noise=torch.stack([one.noise for one in examples]).to(self.device),

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from encache.train import autoencoder, denoiser, emoji
+from encache.train import autoencoder, emoji
 from encache.train.cli import main
-from encache.train.text import MAX_TOKENS, train_tokenizer
+from encache.train.text import MAX_TOKENS, tokenize, train_tokenizer
 
 CATEGORY = "Food & Drink"
 
@@ -145,7 +145,7 @@ def test_tokenizer_round_trip(tmp_path):
     assert tokenizer.decode(tokenizer("red apple").input_ids, skip_special_tokens=True).strip() == (
         "red apple"
     )
-    ids = denoiser.tokenize(tokenizer, ["red apple", "", "words never seen " * 30])
+    ids = tokenize(tokenizer, ["red apple", "", "words never seen " * 30])
     assert ids.shape == (3, MAX_TOKENS)
     assert int(ids.max()) < len(tokenizer)
     tokenizer.save_pretrained(tmp_path)
