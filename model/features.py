@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 
 from encache.errors import CheckpointError
 
-#: Where the UNet is cut: after the mid block, or after up_blocks[0], [1] or [2].
-Cut = Literal["mid", "up0", "up1", "up2"]
+#: Where the UNet is cut: after the mid block, after up_blocks[0], [1] or [2], or behind its output,
+#: which leaves nothing to decode: the features are the noise prediction itself.
+Cut = Literal["mid", "up0", "up1", "up2", "out"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
 
 
@@ -57,9 +58,20 @@ class ImageSpec:
         )
 
 
-def num_up_blocks_cached(cut: Cut) -> int:
-    """How many up blocks run with the encoder."""
-    return CUTS.index(cut)
+def num_up_blocks_cached(cut: Cut, num_up_blocks: int) -> int:
+    """How many of the up blocks run with the encoder.
+
+    Raises:
+        CheckpointError: there are too few of them for this cut.
+    """
+    cached = CUTS.index(cut)
+    if cut != "out" and cached >= num_up_blocks:
+        choices = ", ".join((*CUTS[:num_up_blocks], "out"))
+        raise CheckpointError(
+            f"This UNet has only {num_up_blocks} up blocks, which have no cut {cut}. "
+            f"Choose one of {choices}."
+        )
+    return min(cached, num_up_blocks)
 
 
 def feature_table(unet_config: Mapping[str, Any], cut: Cut) -> tuple[Feature, ...]:
@@ -74,12 +86,9 @@ def feature_table(unet_config: Mapping[str, Any], cut: Cut) -> tuple[Feature, ..
     channels = tuple(unet_config["block_out_channels"])
     layers = unet_config["layers_per_block"]
     layers = (layers,) * len(channels) if isinstance(layers, int) else tuple(layers)
-    cached = num_up_blocks_cached(cut)
-    if cached >= len(channels):
-        raise CheckpointError(
-            f"The cut {cut} leaves nothing to decode: this UNet has {len(channels)} up blocks. "
-            f"Choose one of {', '.join(CUTS[: len(channels)])}."
-        )
+    cached = num_up_blocks_cached(cut, len(channels))
+    if cut == "out":
+        return (Feature("prediction", unet_config["out_channels"], 0),)
     skips = [Feature("skip_0", channels[0], 0)]
     for level, (width, depth) in enumerate(zip(channels, layers, strict=True)):
         levels = [level] * depth + ([level + 1] if level + 1 < len(channels) else [])

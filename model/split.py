@@ -18,12 +18,13 @@ from encache.model.features import Cut, Feature, feature_table, num_up_blocks_ca
 
 
 class UNetEncoder(nn.Module):
-    """Down blocks, mid block and the up blocks before the cut."""
+    """Down blocks, mid block and the up blocks before the cut; all of the UNet if it is "out"."""
 
     def __init__(self, unet: UNet2DConditionModel, cut: Cut) -> None:
         super().__init__()
         self.unet = unet
-        self.num_up_blocks = num_up_blocks_cached(cut)
+        self.cut = cut
+        self.num_up_blocks = num_up_blocks_cached(cut, len(unet.up_blocks))
 
     def forward(
         self,
@@ -55,16 +56,17 @@ class UNetEncoder(nn.Module):
             hidden = self.unet.mid_block(hidden, emb, **_attend(self.unet.mid_block, text))
         blocks = self.unet.up_blocks[: self.num_up_blocks]
         hidden, skips = _run_up_blocks(blocks, hidden, skips, emb, text)
-        return (*skips, hidden)
+        return (_predict(self.unet, hidden),) if self.cut == "out" else (*skips, hidden)
 
 
 class UNetDecoder(nn.Module):
-    """The blend, the up blocks after the cut, and the output convolution."""
+    """The blend, then the up blocks after the cut and the output convolution, if any are left."""
 
     def __init__(self, unet: UNet2DConditionModel, cut: Cut) -> None:
         super().__init__()
         self.unet = unet
-        self.num_up_blocks = num_up_blocks_cached(cut)
+        self.cut = cut
+        self.num_up_blocks = num_up_blocks_cached(cut, len(unet.up_blocks))
 
     def forward(
         self,
@@ -90,6 +92,8 @@ class UNetDecoder(nn.Module):
         """
         num_calls, batch = weights.shape[0], text.shape[0]
         *skips, hidden = (blend(weights, tensor) for tensor in features)
+        if self.cut == "out":
+            return hidden
         text = text.repeat(num_calls, 1, 1)
         if added_text is not None and time_ids is not None:
             added_text, time_ids = added_text.repeat(num_calls, 1), time_ids.repeat(num_calls, 1)
@@ -98,9 +102,7 @@ class UNetDecoder(nn.Module):
         emb = _embed_time(self.unet, timesteps, text, added_text, time_ids)
         blocks = self.unet.up_blocks[self.num_up_blocks :]
         hidden, _ = _run_up_blocks(blocks, hidden, tuple(skips), emb, text)
-        if self.unet.conv_norm_out is not None:
-            hidden = self.unet.conv_act(self.unet.conv_norm_out(hidden))
-        return self.unet.conv_out(hidden)
+        return _predict(self.unet, hidden)
 
 
 class SplitUNet:
@@ -149,6 +151,13 @@ def _run_up_blocks(
             # The next skip's size, not a doubling: odd latent sizes were rounded on the way down.
             hidden = upsampler.conv(interpolate(hidden, size=skips[-1].shape[2:], mode="nearest"))
     return hidden, skips
+
+
+def _predict(unet: UNet2DConditionModel, hidden: Tensor) -> Tensor:
+    """The noise prediction from what the last up block gives."""
+    if unet.conv_norm_out is not None:
+        hidden = unet.conv_act(unet.conv_norm_out(hidden))
+    return unet.conv_out(hidden)
 
 
 def _attend(block: nn.Module, text: Tensor) -> dict[str, Tensor]:

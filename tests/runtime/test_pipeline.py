@@ -100,12 +100,12 @@ def mix(weights, outputs):
 
 
 @torch.no_grad()
-def encoder_propagation(pipeline, key_calls, order, steps, guidance_scale=7.5):
+def encoder_propagation(pipeline, cut, key_calls, order, steps, guidance_scale=7.5):
     """Encoder propagation stated directly: one call after the other, one branch at a time.
 
     At a key call the whole UNet runs and its encoder's outputs are kept. At any other call hooks
     replace the encoder's outputs: by the last ones (order 0, Faster Diffusion), or by the straight
-    line through the last two (order 1).
+    line through the last two (order 1). At the cut "out" they replace the noise predictions.
     """
     unet, scheduler = pipeline.unet, pipeline.scheduler
     text = [pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in ("", "red apple")]
@@ -113,6 +113,7 @@ def encoder_propagation(pipeline, key_calls, order, steps, guidance_scale=7.5):
     sample = torch.randn((1, 4, 8, 8), generator=generator()) * scheduler.init_noise_sigma
     blocks = {"conv_in": unet.conv_in, "mid": unet.mid_block}
     blocks |= {f"down{index}": block for index, block in enumerate(unet.down_blocks)}
+    blocks = {"out": unet.conv_out} if cut == "out" else blocks
     kept = [{name: [] for name in blocks} for _ in text]
     passed = []
     for call, timestep in enumerate(scheduler.timesteps):
@@ -150,9 +151,10 @@ def encoder_propagation(pipeline, key_calls, order, steps, guidance_scale=7.5):
 
 @pytest.mark.parametrize(("blend", "order"), [("reuse", 0), ("extrapolate", 1)])
 @pytest.mark.parametrize("key_calls", [PAPER_KEY_CALLS[50], tuple(range(0, 50, 5))])
-def test_blends_equal_encoder_propagation(pipeline, key_calls, blend, order):
-    ours = EncachePipeline.from_pipe(pipeline, "mid")
-    expected = encoder_propagation(pipeline, key_calls, order, 50)
+@pytest.mark.parametrize("cut", ["mid", "out"])
+def test_blends_equal_encoder_propagation(pipeline, cut, key_calls, blend, order):
+    ours = EncachePipeline.from_pipe(pipeline, cut)
+    expected = encoder_propagation(pipeline, cut, key_calls, order, 50)
     actual = latents(ours, num_inference_steps=50, key_calls=key_calls, blend=blend)
     assert_close(actual, expected)
     assert not torch.allclose(actual, latents(pipeline, num_inference_steps=50), atol=1e-3)

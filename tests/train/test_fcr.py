@@ -10,7 +10,7 @@ from encache.train.fcr import FCR, FCRObjective, NoisedBatch, consistency
 from tests.conftest import TEXT_WIDTH, stable_diffusion_scheduler, tiny_unet
 
 ALPHAS = stable_diffusion_scheduler().alphas_cumprod
-CUTS = ("mid", "up0", "up1", "up2")
+CUTS = ("mid", "up0", "up1", "up2", "out")
 
 
 def make_batch(size=3):
@@ -39,7 +39,7 @@ def features_by_hooks(unet, cut, noisy, timesteps, text):
         for block in unet.down_blocks
     ]
     cached = CUTS.index(cut)
-    last = unet.mid_block if cut == "mid" else unet.up_blocks[cached - 1]
+    last = (unet.mid_block, *unet.up_blocks[:3], unet.conv_out)[cached]
     handles.append(last.register_forward_hook(lambda m, a, out: hidden.append(out)))
     predicted = unet(noisy, timesteps, text).sample
     for handle in handles:
@@ -86,7 +86,9 @@ def test_the_consistency_reaches_only_encoder_parameters(cut):
     unet = whole.unet
     cached = CUTS.index(cut)
     encoder = [unet.conv_in, unet.down_blocks, unet.mid_block, *unet.up_blocks[:cached]]
-    decoder = [*unet.up_blocks[cached:], unet.conv_norm_out, unet.conv_out]
+    outputs = [unet.conv_norm_out, unet.conv_out]
+    encoder += outputs if cut == "out" else []
+    decoder = [*unet.up_blocks[cached:], *(outputs if cut != "out" else [])]
     for module in encoder:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     for module in decoder:
