@@ -10,6 +10,7 @@ Everything lies in runs/study; a repeated command goes on where it stopped.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
 from encache.model.checkpoint import default_model, find_checkpoint
+from encache.model.features import CUTS
+from encache.runtime.blend import Blend
 from encache.runtime.files import write_atomically
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
@@ -47,17 +50,23 @@ COMMON = {
     "--ema-decay": "0.998",
     "--adam-weight-decay": "1e-3",
 }
+MID = {"--cut": "mid"}
+CACHED = {"--fcr-weight": "0", "--cached-weight": "1"}
 VARIANTS = {
     "control": {"--fcr-weight": "0"},
-    "fcr10-raw": {"--fcr-delta-max": "10"},
-    "fcr10-relative": {"--fcr-delta-max": "10", "--fcr-form": "relative"},
-    "fcr200-raw": {"--fcr-delta-max": "200"},
-    "fcr200-relative": {"--fcr-delta-max": "200", "--fcr-form": "relative"},
-    "cached100": {"--fcr-weight": "0", "--cached-weight": "1", "--fcr-delta-max": "100"},
-    "cached200": {"--fcr-weight": "0", "--cached-weight": "1", "--fcr-delta-max": "200"},
+    "fcr10-raw": {**MID, "--fcr-delta-max": "10"},
+    "fcr10-relative": {**MID, "--fcr-delta-max": "10", "--fcr-form": "relative"},
+    "fcr200-raw": {**MID, "--fcr-delta-max": "200"},
+    "fcr200-relative": {**MID, "--fcr-delta-max": "200", "--fcr-form": "relative"},
+    "cached200-up2": {**CACHED, "--fcr-delta-max": "200", "--cut": "up2"},
+    "cached100-out": {**CACHED, "--fcr-delta-max": "100", "--cut": "out"},
+    "cached200-out": {**CACHED, "--fcr-delta-max": "200", "--cut": "out"},
 }
 SHIPPED = "shipped"
+#: The shipped model with "trailing" timesteps.
+TRAILING = "trailing"
 DDIM, DPM = "ddim", "dpmsolver++"
+FEWER_STEPS = (40, 30, 25, 20, 17, 15, 10, 5)
 
 
 def plain(steps: int, scheduler: str = DDIM, model: str = SHIPPED) -> Setting:
@@ -65,65 +74,79 @@ def plain(steps: int, scheduler: str = DDIM, model: str = SHIPPED) -> Setting:
     return Setting(model, scheduler, steps)
 
 
-def questions(variants: Sequence[str]) -> dict[str, tuple[Setting, Setting, list[Setting]]]:
-    """For every question the reference, the full sampler, and the settings that answer it."""
-    full = plain(50)
-    mid, up2 = (replace(full, cut=cut) for cut in ("mid", "up2"))
-    main = ("reuse", "extrapolate", "interpolate")
-    more = ("extrapolate-damped", "extrapolate2", "interpolate-continued", "interpolate-refresh")
-    paper = PAPER_KEY_CALLS[50]
-    blends = [
-        *(replace(mid, blend=b, stride=n) for n, b in product((2, 5, 10, 20), main)),
-        *(replace(mid, blend=b, stride=n) for n, b in product((5, 10), more)),
-        *(replace(up2, blend=b, stride=n) for n, b in product((2, 3, 5, 10, 20), main)),
-        *(replace(up2, blend=b, stride=n) for n, b in product((5, 10), more)),
-        *(replace(cut, blend=b, key_calls=paper) for cut, b in product((mid, up2), main[:2])),
-    ]
-    noise = [
-        replace(cut, blend=b, stride=10, prior_noise=True)
-        for cut, b in product((mid, up2), ("reuse", "extrapolate"))
-    ]
-    cuts = [replace(full, cut=cut, stride=n) for cut, n in product(("up0", "up1"), (5, 10))]
-    few, converged = plain(20, DPM), plain(250, DPM)
-    solver = [
-        few,
-        *(
-            replace(few, cut=cut, blend=b, stride=n)
-            for cut, b, n in product(("mid", "up2"), ("reuse", "extrapolate"), (2, 3, 5))
-        ),
-        *(replace(few, blend=b, key_calls=PAPER_KEY_CALLS[20]) for b in ("reuse", "extrapolate")),
-    ]
-    asked = {
-        "blends": (full, full, [full, *blends]),
-        "prior noise": (full, full, noise),
-        "cuts": (full, full, cuts),
-        "fewer steps": (full, full, [plain(steps) for steps in (40, 30, 25, 20, 17, 15, 10)]),
-        "DPM-Solver++ against its own full run": (few, few, solver),
-        "DPM-Solver++ against convergence": (converged, few, solver),
-        "few DDIM steps": (
-            plain(20),
-            plain(20),
-            [
-                plain(20),
-                *(
-                    replace(plain(20), cut=cut, stride=n)
-                    for cut, n in product(("mid", "up2"), (2, 3, 5))
-                ),
-            ],
-        ),
+#: What a question compares: the reference of its errors, the full sampler, and the settings.
+Question = tuple[Setting, Setting, list[Setting]]
+
+
+def questions(variants: Sequence[str]) -> dict[str, Question]:
+    """All questions by name."""
+    full, few = plain(50), plain(20, DPM)
+    return {
+        "plain sampling with fewer steps": (full, full, [full, *map(plain, FEWER_STEPS)]),
+        "where to cut": (full, full, _cuts(full)),
+        "which blend": (full, full, _blends(full)),
+        "prior noise": (full, full, _prior_noise(full)),
+        "few DDIM steps": (plain(20), plain(20), [plain(20), *_strided(plain(20), (2, 3, 5))]),
+        "DPM-Solver++ against its own full run": (few, few, [few, *_strided(few, (2, 3, 5))]),
+        "against convergence": _convergence(),
+        **{f"{one} against its own full run": _variant(one, own=True) for one in variants},
+        **{f"{one} against the shipped model": _variant(one, own=False) for one in variants},
     }
-    for variant in variants:
-        own, quick = plain(50, model=variant), plain(20, DPM, variant)
-        keyed = [
-            replace(own, cut="mid", blend="reuse", stride=5),
-            *(replace(own, cut="mid", blend=b, stride=10) for b in ("reuse", "extrapolate")),
-            *(replace(own, cut="up2", stride=n) for n in (3, 5, 10, 20)),
-        ]
-        asked[f"{variant} against its own full run"] = (own, own, [own, *keyed])
-        asked[f"{variant} against the shipped model"] = (full, full, [own, *keyed])
-        solved = [replace(quick, cut="up2", stride=n) for n in (2, 3, 5)]
-        asked[f"{variant} with DPM-Solver++"] = (quick, quick, [quick, *solved])
-    return asked
+
+
+def _cuts(full: Setting) -> list[Setting]:
+    return [replace(full, cut=cut, stride=n) for n, cut in product((3, 5, 10), CUTS)]
+
+
+def _blends(full: Setting) -> list[Setting]:
+    """At the cut of the method's authors, and at the cheapest."""
+    cuts = [replace(full, cut=cut) for cut in ("mid", "out")]
+    common: tuple[Blend, ...] = ("reuse", "extrapolate", "interpolate")
+    rare: tuple[Blend, ...] = (
+        *("extrapolate-damped", "extrapolate2", "interpolate-continued", "interpolate-refresh"),
+    )
+    paper = PAPER_KEY_CALLS[full.steps]
+    return [
+        *(replace(one, blend=b, stride=n) for one, n, b in product(cuts, (2, 5, 10, 20), common)),
+        *(replace(one, blend=b, stride=10) for one, b in product(cuts, rare)),
+        *(replace(one, blend=b, key_calls=paper) for one, b in product(cuts, common[:2])),
+    ]
+
+
+def _prior_noise(full: Setting) -> list[Setting]:
+    return [
+        replace(full, cut=cut, blend=blend, stride=10, prior_noise=True)
+        for cut, blend in product(("mid", "out"), ("reuse", "extrapolate"))
+    ]
+
+
+def _strided(full: Setting, strides: Sequence[int]) -> list[Setting]:
+    return [replace(full, cut=cut, stride=n) for cut, n in product(("mid", "up2", "out"), strides)]
+
+
+def _convergence() -> Question:
+    """Errors against the solved differential equation.
+
+    "Leading" timesteps begin elsewhere for every number of steps, so that the same noise means
+    another picture; "trailing" ones always begin at the last, and only then solvers converge.
+    """
+    ddim, dpm = plain(50, DDIM, TRAILING), plain(50, DPM, TRAILING)
+    fewer = [plain(n, name, TRAILING) for name, n in product((DDIM, DPM), (25, 20, 17, 10))]
+    cached = [replace(one, cut="out", stride=n) for one, n in product((ddim, dpm), (2, 3, 5))]
+    return plain(250, DPM, TRAILING), ddim, [ddim, dpm, *fewer, *cached]
+
+
+def _variant(name: str, own: bool) -> Question:
+    """A fine-tuned model beside itself or beside the model that it was made from."""
+    full = plain(50, model=name)
+    mid, out = replace(full, cut="mid"), replace(full, cut="out")
+    cached = [
+        *(replace(mid, blend="reuse", stride=n) for n in (5, 10)),
+        *(replace(mid, stride=n) for n in (5, 10)),
+        *(replace(out, stride=n) for n in (3, 5, 10)),
+    ]
+    fewer = [plain(n, model=name) for n in (17, 10, 5)]
+    return full if own else plain(50), full, [full, *cached, *fewer]
 
 
 def weights_of(variant: str) -> Path:
@@ -156,12 +179,26 @@ def train(emoji_dir: Path, wanted: list[str]) -> None:
         subprocess.run([*command, "--train-data-dir", str(emoji_dir)], check=True)
 
 
+def write_trailing(shipped: Path) -> Path:
+    """The shipped model with another scheduler configuration."""
+    folder = FOLDER / TRAILING
+    if not folder.exists():
+        shutil.copytree(shipped, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), "timestep_spacing": "trailing", "steps_offset": 0}
+    path.write_text(json.dumps(config))
+    return folder
+
+
 def open_evaluation(num_images: int) -> Evaluation:
     """All models that exist, on the fastest backend of this machine."""
     gpu = torch.cuda.is_available()
     engines = FOLDER / "engines"
     backend = Backend("torch", device="cuda") if gpu else Backend("onnxruntime", engine_dir=engines)
-    models = {SHIPPED: Model(find_checkpoint(), backend)}
+    models = {
+        SHIPPED: Model(find_checkpoint(), backend),
+        TRAILING: Model(find_checkpoint(write_trailing(default_model())), backend),
+    }
     for variant in VARIANTS:
         if weights_of(variant).is_file():
             models[variant] = Model(find_checkpoint(weights_of(variant)), backend)
@@ -174,13 +211,13 @@ def open_evaluation(num_images: int) -> Evaluation:
 def answers(
     evaluation: Evaluation,
 ) -> Iterator[tuple[str, Setting, Setting, dict[Setting, Setting | None]]]:
-    """The questions; every cached setting comes with as many plain steps as it costs."""
-    variants = [name for name in evaluation.models if name != SHIPPED]
+    """The questions; the shipped model's settings come with as many plain steps as they cost."""
+    variants = [name for name in evaluation.models if name in VARIANTS]
     for question, (reference, full, settings) in questions(variants).items():
         opponents = {
             one: plain_at_equal_arithmetic(evaluation.models[one.model], evaluation.protocol, one)
             for one in settings
-            if not one.plain
+            if not one.plain and one.model not in VARIANTS
         }
         listed = [*settings, *opponents.values()]
         yield question, reference, full, {one: opponents.get(one) for one in listed}

@@ -11,6 +11,7 @@ from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES
 from encache.model.features import CUTS, Cut
 from encache.runtime.blend import BLENDS, Blend
+from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ if TYPE_CHECKING:
 @click.option("--num-images", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
-@click.option("--guidance-scale", type=float, help="Default: 7.5, and 2 for the shipped model.")
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help=f"Default: {GUIDANCE_SCALE}, and {DEFAULT_MODEL_GUIDANCE_SCALE} for the shipped model.",
+)
 @click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option(
@@ -268,7 +273,6 @@ def _read_protocol(
 ) -> "Protocol":
     from encache.evaluate.settings import Protocol, read_prompts
     from encache.model.checkpoint import default_model
-    from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
 
     if guidance_scale is None:
         guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE

@@ -13,7 +13,7 @@ from encache.train.diffusion import add_noise, min_snr_weight, weighted_error
 from encache.train.loop import Losses, Recipe, digest, fit, step_generators
 from encache.train.text import make_text_encoder, tokenize
 
-RECIPE = Recipe(steps=8000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
+RECIPE = Recipe(steps=14_000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
 BATCH_SIZE = 32
 #: Share of captions replaced by "", which classifier-free guidance needs.
 CAPTION_DROPOUT = 0.1
