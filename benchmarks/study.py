@@ -3,7 +3,8 @@
     python benchmarks/study.py pictures --emoji-dir runs/emoji/data   # real pictures, captioned
     python benchmarks/study.py train --emoji-dir runs/emoji/data      # the fine-tuned variants
     python benchmarks/study.py sample                                 # hours on two cores; resumes
-    python benchmarks/study.py report                                 # study.json and the plots
+    python benchmarks/study.py report                                 # benchmarks/study.json
+    python benchmarks/study_page.py                                   # tables and plots
 
 Everything lies in runs/study; a repeated command goes on where it stopped.
 """
@@ -18,23 +19,29 @@ from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
 from tqdm import tqdm
 
 from encache.evaluate.extractors import load_extractor
-from encache.evaluate.real import read_real
+from encache.evaluate.real import Real, read_real
 from encache.evaluate.report import strict
-from encache.evaluate.results import Row
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
 from encache.model.checkpoint import default_model, find_checkpoint
 from encache.model.features import CUTS
+from encache.model.split import SplitUNet
 from encache.runtime.blend import Blend
 from encache.runtime.files import write_atomically
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
+from encache.train.diffusion import add_noise
+from encache.train.fcr import consistency, mean_square
+from encache.train.text import tokenize
 
 FOLDER = Path("runs/study")
 NUM_IMAGES = 512
@@ -67,6 +74,10 @@ SHIPPED = "shipped"
 TRAILING = "trailing"
 DDIM, DPM = "ddim", "dpmsolver++"
 FEWER_STEPS = (40, 30, 25, 20, 17, 15, 10, 5)
+#: Where pictures are also compared with real ones, which takes as long as drawing them.
+WITH_REAL = ("plain sampling with fewer steps", "where to cut")
+#: Of the pairs whose features are compared, in training timesteps.
+DELTAS = (10, 20, 100, 200)
 
 
 def plain(steps: int, scheduler: str = DDIM, model: str = SHIPPED) -> Setting:
@@ -236,18 +247,15 @@ def report(evaluation: Evaluation, output: Path) -> None:
     size = (64, 64)
     assert evaluation.extractor
     real = read_real(FOLDER / "real", evaluation.extractor, size, evaluation.store)
-    rows = {
-        question: [
-            describe(
-                evaluation,
-                setting,
-                reference,
-                make_row(evaluation, setting, reference, full, opponent, real),
-            )
-            for setting, opponent in settings.items()
+    without = Evaluation(evaluation.models, evaluation.protocol, evaluation.store)
+    rows: dict[str, list[dict]] = {}
+    for question, reference, full, settings in answers(evaluation):
+        compared = question in WITH_REAL or question.endswith("own full run")
+        which = (evaluation, real) if compared else (without, None)
+        rows[question] = [
+            describe(which[0], setting, reference, full, opponent, which[1])
+            for setting, opponent in tqdm(settings.items(), desc=question)
         ]
-        for question, reference, full, settings in answers(evaluation)
-    }
     content = {
         "machine": describe_machine(),
         "protocol": {
@@ -259,14 +267,68 @@ def report(evaluation: Evaluation, output: Path) -> None:
             "training": {"common": COMMON, "variants": VARIANTS},
         },
         "answers": rows,
+        "features": features(evaluation),
     }
     write_atomically(output, json.dumps(strict(content), allow_nan=False).encode() + b"\n")
 
 
-def describe(evaluation: Evaluation, setting: Setting, reference: Setting, row: Row) -> dict:
+def describe(
+    evaluation: Evaluation,
+    setting: Setting,
+    reference: Setting,
+    full: Setting,
+    opponent: Setting | None,
+    real: Real | None,
+) -> dict:
     """The row and the error of each picture, to five digits."""
+    row = make_row(evaluation, setting, reference, full, opponent, real)
     errors = evaluation.compare_all(setting, reference)["latent_error"]
     return {**asdict(row), "errors": [float(f"{error:.5g}") for error in errors]}
+
+
+def features(evaluation: Evaluation) -> dict[str, dict]:
+    """`features_of` every model, on noised pictures of the shipped one."""
+    pictures = evaluation.protocol.batches[0]
+    clean = torch.from_numpy(evaluation.latents(plain(50), pictures)["latents"])
+    prompts = evaluation.protocol.prompts_of(pictures)
+    return {
+        name: features_of(model.diffusers, clean, prompts)
+        for name, model in evaluation.models.items()
+        if name != TRAILING
+    }
+
+
+@torch.no_grad()
+def features_of(pipeline: StableDiffusionPipeline, clean: Tensor, prompts: list[str]) -> dict:
+    """How large the features are, and how much they change: did anything collapse?
+
+    Features of the cut "mid", with the same noise at both timesteps of a pair: mean squares by
+    tensor, and squared changes relative to them by distance, the mean over tensors.
+    """
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    text = pipeline.text_encoder(tokenize(pipeline.tokenizer, prompts).to(pipeline.device))[0]
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+    split = SplitUNet(pipeline.unet, "mid")
+
+    def encode(timestep: int) -> Sequence[Tensor]:
+        at = torch.tensor([timestep])
+        noisy = add_noise(clean, noise, alphas_cumprod[at])
+        return split.encoder(noisy.to(pipeline.device), at.to(pipeline.device), text)
+
+    older = {t: encode(t) for t in range(max(DELTAS), len(alphas_cumprod), 100)}
+    sizes = [[mean_square(one).mean().item() for one in tensors] for tensors in older.values()]
+    changes = {
+        delta: [
+            consistency(tensors, encode(t - delta), "relative", "none").item()
+            for t, tensors in older.items()
+        ]
+        for delta in DELTAS
+    }
+    names = [one.name for one in split.features]
+    return {
+        "mean_square": dict(zip(names, np.mean(sizes, axis=0).tolist(), strict=True)),
+        "relative_change": {str(delta): float(np.mean(one)) for delta, one in changes.items()},
+    }
 
 
 def main() -> None:

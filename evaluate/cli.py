@@ -9,7 +9,7 @@ import click
 
 from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES
-from encache.model.features import CUTS, Cut
+from encache.model.features import CUTS, DEFAULT_CUT, Cut
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
 from encache.runtime.schedulers import SCHEDULERS
@@ -45,7 +45,12 @@ if TYPE_CHECKING:
 @click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option(
-    "--cut", "cuts", type=click.Choice(CUTS), multiple=True, default=("up2",), show_default=True
+    "--cut",
+    "cuts",
+    type=click.Choice(CUTS),
+    multiple=True,
+    default=(DEFAULT_CUT,),
+    show_default=True,
 )
 @click.option(
     "--blend",

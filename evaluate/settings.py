@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encache.errors import EncacheError
-from encache.model.features import Cut
+from encache.model.features import DEFAULT_CUT, Cut
 from encache.runtime.blend import Blend
 
 
@@ -27,7 +27,7 @@ class Setting:
     model: str
     scheduler: str
     steps: int
-    cut: Cut = "up2"
+    cut: Cut = DEFAULT_CUT
     blend: Blend = "extrapolate"
     stride: int = 1
     key_calls: tuple[int, ...] | None = None

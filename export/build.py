@@ -23,7 +23,7 @@ from encache.export.manifest import (
     record_files,
 )
 from encache.model.checkpoint import Checkpoint, load_pipeline
-from encache.model.features import CUTS, Cut, ImageSpec, feature_table
+from encache.model.features import CUTS, DEFAULT_CUT, Cut, ImageSpec, feature_table
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -42,7 +42,7 @@ class Request:
     """What to build; equal requests end in the same folder."""
 
     checkpoint: Checkpoint
-    cut: Cut = "up2"
+    cut: Cut = DEFAULT_CUT
     dtype: str = "fp32"
     backend: str = "onnxruntime"
 

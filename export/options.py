@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from encache.export.build import DTYPES
-from encache.model.features import CUTS
+from encache.model.features import CUTS, DEFAULT_CUT
 
 _OPTIONS = (
     click.option(
@@ -18,9 +18,9 @@ _OPTIONS = (
     click.option(
         "--cut",
         type=click.Choice(CUTS),
-        default="up2",
+        default=DEFAULT_CUT,
         show_default=True,
-        help="Where the UNet is cut; a later cut caches more of it.",
+        help="Where the UNet is cut; a later cut caches more of it, out caches all.",
     ),
     click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True),
 )

@@ -10,6 +10,8 @@ from encache.errors import CheckpointError
 #: which leaves nothing to decode: the features are the noise prediction itself.
 Cut = Literal["mid", "up0", "up1", "up2", "out"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
+#: The cheapest, and no other stays closer to the full sampler (docs/study.md).
+DEFAULT_CUT: Cut = "out"
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class SplitUNet:
         CheckpointError: the UNet conditions on something that the halves do not carry.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, cut: Cut = "up2") -> None:
+    def __init__(self, unet: UNet2DConditionModel, cut: Cut) -> None:
         _refuse_unsupported(unet)
         self.cut = cut
         self.features: tuple[Feature, ...] = feature_table(unet.config, cut)

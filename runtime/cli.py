@@ -54,7 +54,7 @@ def _parse_key_calls(
 @click.option(
     "--stride",
     type=click.IntRange(1),
-    default=5,
+    default=3,
     show_default=True,
     help="The encoder runs at every stride-th call; 1 runs it at all.",
 )

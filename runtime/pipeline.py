@@ -15,7 +15,7 @@ from tqdm import tqdm
 from encache.errors import EncacheError
 from encache.export.manifest import read_manifest
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
-from encache.model.features import Cut, ImageSpec
+from encache.model.features import DEFAULT_CUT, Cut, ImageSpec
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import Blend
 from encache.runtime.engines import TORCH_DTYPES, Engines, TorchEngines
@@ -56,7 +56,9 @@ class EncachePipeline:
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
-    def from_pipe(cls, pipeline: "StableDiffusionPipeline", cut: Cut = "up2") -> "EncachePipeline":
+    def from_pipe(
+        cls, pipeline: "StableDiffusionPipeline", cut: Cut = DEFAULT_CUT
+    ) -> "EncachePipeline":
         """Wrap a diffusers pipeline; its modules are shared, not copied or changed."""
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
         engines = TorchEngines(pipeline, cut)
@@ -68,7 +70,7 @@ class EncachePipeline:
         model: str | Path | None = None,
         *,
         base: str | Path | None = None,
-        cut: Cut = "up2",
+        cut: Cut = DEFAULT_CUT,
         backend: str = "onnxruntime",
         dtype: str = "fp32",
         engine_dir: str | Path = "engines",
@@ -139,7 +141,7 @@ class EncachePipeline:
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
-        stride: int = 5,
+        stride: int = 3,
         key_calls: Sequence[int] | None = None,
         blend: Blend = "extrapolate",
         prior_noise: bool = False,

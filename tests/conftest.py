@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from encache.model.features import DEFAULT_CUT
 from encache.train.text import train_tokenizer
 
 torch.set_num_threads(2)
@@ -101,8 +102,18 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engine_folder(tmp_path_factory, model_folder):
     """Its engines at the default cut; tests that alter them copy them first."""
+    return build(model_folder, tmp_path_factory, DEFAULT_CUT)
+
+
+@pytest.fixture(scope="session")
+def up2_folder(tmp_path_factory, model_folder):
+    """Its engines with a decoder to speak of."""
+    return build(model_folder, tmp_path_factory, "up2")
+
+
+def build(model_folder, tmp_path_factory, cut):
     from encache.export.build import Request, build_engines
     from encache.model.checkpoint import find_checkpoint
 
-    engines = tmp_path_factory.mktemp("engines")
-    return build_engines(Request(find_checkpoint(model_folder)), engines)
+    request = Request(find_checkpoint(model_folder), cut)
+    return build_engines(request, tmp_path_factory.mktemp("engines"))

@@ -116,7 +116,9 @@ def test_dry_run_prints_the_plan(run, tmp_path):
 
 
 def test_compare(run, tmp_path):
-    result = run("--prompt", "hot dog", "--compare", "--repeats", 2, "--json", "report.json")
+    result = run(
+        "--prompt", "hot dog", "--stride", 5, "--compare", "--repeats", 2, "--json", "report.json"
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     full, eager, engines, fewer = rows
@@ -243,7 +245,7 @@ def test_an_engine_folder_without_its_manifest(run, engine_folder, tmp_path):
 
 def test_an_edited_engine(run, engine_folder, tmp_path):
     copied = shutil.copytree(engine_folder, tmp_path / "engine")
-    with (copied / "unet_decoder" / "model.onnx.data").open("r+b") as stream:
+    with (copied / "unet_encoder" / "model.onnx.data").open("r+b") as stream:
         first = stream.read(1)
         stream.seek(0)
         stream.write(bytes([first[0] ^ 1]))

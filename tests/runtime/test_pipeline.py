@@ -34,7 +34,7 @@ def assert_close(actual, expected, tolerance=1e-4):
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 def test_every_key_call_equals_diffusers(pipeline, name, guidance_scale):
     pipeline.scheduler = solver(name)
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     arguments = {"guidance_scale": guidance_scale, "negative_prompt": "hot dog"}
     expected = latents(pipeline, **arguments)
     assert_close(latents(ours, stride=1, **arguments), expected)
@@ -47,17 +47,19 @@ def test_every_cut_equals_diffusers(pipeline, cut):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_onnx_runtime_equals_diffusers(engine_folder, pipeline, name):
+def test_onnx_runtime_equals_diffusers(engine_folder, up2_folder, pipeline, name):
     pipeline.scheduler = solver(name)
-    ours = EncachePipeline.from_engines(engine_folder)
-    ours.scheduler = solver(name)
-    assert_close(latents(ours, stride=1), latents(pipeline), tolerance=1e-3)
+    expected = latents(pipeline)
+    for folder in (engine_folder, up2_folder):
+        ours = EncachePipeline.from_engines(folder)
+        ours.scheduler = solver(name)
+        assert_close(latents(ours, stride=1), expected, tolerance=1e-3)
 
 
 def test_pictures_equal_diffusers(engine_folder, pipeline):
     expected = pipeline("red apple", generator=generator(), num_inference_steps=5).images[0]
     for ours in (
-        EncachePipeline.from_pipe(pipeline),
+        EncachePipeline.from_pipe(pipeline, "up2"),
         EncachePipeline.from_engines(engine_folder),
     ):
         picture = ours("red apple", generator=generator(), num_inference_steps=5, stride=1)
@@ -66,17 +68,19 @@ def test_pictures_equal_diffusers(engine_folder, pipeline):
 
 
 def test_second_prompt_right_after_a_first(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     first = latents(ours, "red apple", stride=5)
     second = latents(ours, "hot dog", stride=5)
-    assert_close(second, latents(EncachePipeline.from_pipe(pipeline), "hot dog", stride=5), 1e-6)
+    assert_close(
+        second, latents(EncachePipeline.from_pipe(pipeline, "up2"), "hot dog", stride=5), 1e-6
+    )
     assert not torch.allclose(first, second, atol=1e-2)
 
 
 def test_two_pipelines_share_a_unet(pipeline):
     other = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
     other.scheduler = solver("euler")
-    one, two = EncachePipeline.from_pipe(pipeline), EncachePipeline.from_pipe(other, "mid")
+    one, two = EncachePipeline.from_pipe(pipeline, "up2"), EncachePipeline.from_pipe(other, "mid")
     alone = latents(one, stride=2), latents(two, "hot dog", stride=5)
     together = []
 
@@ -161,7 +165,7 @@ def test_blends_equal_encoder_propagation(pipeline, cut, key_calls, blend, order
 
 
 def test_a_blend_is_not_the_full_sampler_but_near(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     full = latents(pipeline, num_inference_steps=50)
     for blend in BLENDS:
         cached = latents(ours, num_inference_steps=50, stride=5, blend=blend)
@@ -170,7 +174,7 @@ def test_a_blend_is_not_the_full_sampler_but_near(pipeline):
 
 
 def test_an_image_does_not_change_with_its_batch_mates(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     arguments = {"num_inference_steps": STEPS, "output_type": "latent", "stride": 5}
     batch = ours(
         ["hot dog", "red apple"],
@@ -183,7 +187,7 @@ def test_an_image_does_not_change_with_its_batch_mates(pipeline):
 
 
 def test_batches_equal_diffusers(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     arguments = {
         "prompt": ["red apple", "hot dog"],
         "negative_prompt": ["green pear", "yellow banana"],
@@ -202,7 +206,7 @@ def test_batches_equal_diffusers(pipeline):
 
 
 def test_max_decode_batch_changes_nothing(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     assert_close(latents(ours, stride=5, max_decode_batch=4), latents(ours, stride=5), 1e-4)
     with pytest.raises(EncacheError, match="max_decode_batch"):
         latents(ours, max_decode_batch=1)
@@ -210,12 +214,12 @@ def test_max_decode_batch_changes_nothing(pipeline):
 
 def test_prediction_type_v(pipeline):
     pipeline.scheduler = solver("dpmsolver++", prediction_type="v_prediction")
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     assert_close(latents(ours, stride=1), latents(pipeline))
 
 
 def test_output_types(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     arguments = {"num_inference_steps": 2, "stride": 1}
     shapes = {"np": (1, 16, 16, 3), "pt": (1, 3, 16, 16), "latent": (1, 4, 8, 8)}
     for output_type, shape in shapes.items():
@@ -226,7 +230,7 @@ def test_output_types(pipeline):
 
 
 def test_latents_and_embeddings_may_be_given(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     noise = torch.randn((1, 4, 8, 8), generator=generator())
     arguments = {"num_inference_steps": 5, "output_type": "latent", "stride": 1}
     expected = ours("red apple", generator=generator(), **arguments).images
@@ -247,14 +251,14 @@ def test_callbacks_see_every_call_in_order(pipeline):
         return callback
 
     latents(pipeline, callback_on_step_end=record(expected))
-    latents(EncachePipeline.from_pipe(pipeline), stride=1, callback_on_step_end=record(seen))
+    latents(EncachePipeline.from_pipe(pipeline, "up2"), stride=1, callback_on_step_end=record(seen))
     assert [one[:2] for one in seen] == [one[:2] for one in expected]
     for ours, theirs in zip(seen, expected, strict=True):
         torch.testing.assert_close(ours[2], theirs[2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_callback_may_not_replace_the_latents(pipeline):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     with pytest.raises(EncacheError, match="replaced the latents"):
         latents(ours, callback_on_step_end=lambda *a: {"latents": torch.zeros(1)})
     with pytest.raises(EncacheError, match="no other tensor"):
@@ -274,7 +278,7 @@ def test_a_callback_may_not_replace_the_latents(pipeline):
     ],
 )
 def test_arguments_that_cannot_be_honoured(pipeline, arguments, reason):
-    ours = EncachePipeline.from_pipe(pipeline)
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
     with pytest.raises(EncacheError, match=reason):
         ours(**{"prompt": "red apple", "num_inference_steps": STEPS, **arguments})
 

@@ -1,0 +1,184 @@
+"""Fill docs/study.md from benchmarks/study.json: its tables between markers, and its plots.
+
+python benchmarks/study_page.py
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+STUDY = Path("benchmarks/study.json")
+PAGE = Path("docs/study.md")
+PLOTS = Path("docs/study")
+
+Row = Mapping[str, Any]
+#: Points (x, mean, low, high) by label.
+Lines = Mapping[str, Sequence[tuple[float, float, float, float]]]
+LABELS = {"plain": "plain sampler, fewer steps"}
+
+
+def short_name(row: Row) -> str:
+    """The setting without the words that all rows of a table share."""
+    words = row["name"].split(", ")[1:]
+    return ", ".join(words)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def interval(value: Mapping[str, float] | None, digits: int = 2) -> str:
+    """The mean and its 95 % interval."""
+    if value is None:
+        return ""
+    mean, low, high = (f"{value[key]:.{digits}g}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One row per setting, by falling arithmetic; columns that nothing fills are left out."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "setting": short_name,
+        "encoder runs": lambda row: str(row["encoder_runs"]),
+        "arithmetic": lambda row: f"{row['share']:.2f}",
+        "latent error": lambda row: interval(row["latent_error"]),
+        "times plain": lambda row: interval(row["times_plain"]),
+        "PSNR": lambda row: f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
+        "Frechet": lambda row: number(row["frechet"]),
+        "retrieved": lambda row: f"{row['retrieval']['mean']:.0%}" if row["retrieval"] else "",
+    }
+    rows = sorted(rows, key=lambda row: -row["share"])
+    cells = {name: [fill(row) for row in rows] for name, fill in columns.items()}
+    filled = {name: column for name, column in cells.items() if any(column)}
+    return markdown(list(filled), zip(*filled.values(), strict=True))
+
+
+def features_table(models: Mapping[str, Any]) -> str:
+    """Sizes against the shipped model's, and changes."""
+    shipped = models["shipped"]["mean_square"]
+    deltas = list(models["shipped"]["relative_change"])
+    rows = []
+    for name, found in models.items():
+        ratios = [found["mean_square"][one] / shipped[one] for one in shipped]
+        changes = [number(found["relative_change"][delta]) for delta in deltas]
+        rows.append((name, f"{min(ratios):.2f} to {max(ratios):.2f}", *changes))
+    return markdown(["model", "mean squares, of shipped", *(f"D = {d}" for d in deltas)], rows)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill(page: str, name: str, content: str) -> str:
+    """Replace what stands between the markers of this name.
+
+    Raises:
+        ValueError: the page has no such markers.
+    """
+    pattern = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"{PAGE} has no place for {name!r}.")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", page)
+
+
+def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) -> None:
+    """Latent error with its interval against x."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(yscale="log", xscale="log" if logarithmic else "linear")
+    for index, (label, points) in enumerate(lines.items()):
+        xs, means, lows, highs = zip(*sorted(points), strict=True)
+        style = {"color": "black", "linestyle": "--"} if label in LABELS.values() else {}
+        (line,) = axes.plot(xs, means, marker="osD^v*Px"[index % 8], markersize=5, **style)
+        line.set_label(label)
+        axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+    if logarithmic:
+        ticks = sorted({point[0] for points in lines.values() for point in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set(xlabel=x_name, ylabel="relative squared latent error")
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def lines_of(
+    rows: Iterable[Row], label: Callable[[Row], str | None], x: Callable[[Row], float]
+) -> Lines:
+    """Group rows by label; rows without label, or without error, are left out."""
+    lines: dict[str, dict[float, tuple[float, float, float, float]]] = {}
+    for row in rows:
+        name, error = label(row), row["latent_error"]
+        if name is not None and error is not None:
+            point = (x(row), error["mean"], error["low"], error["high"])
+            lines.setdefault(name, {})[point[0]] = point
+    return {name: list(points.values()) for name, points in lines.items()}
+
+
+def share(row: Row) -> float:
+    """Of the full sampler's arithmetic."""
+    return row["share"]
+
+
+def stride(row: Row) -> float:
+    """The distance of its uniform key calls."""
+    return row["key_calls"][1] - row["key_calls"][0]
+
+
+def uniform(row: Row) -> bool:
+    """Whether it is cached, with equal strides and nothing else."""
+    keys = row["key_calls"]
+    even = tuple(keys) == tuple(range(0, row["num_calls"], keys[1] - keys[0]))
+    return not row["plain"] and even and not row["prior_noise"]
+
+
+def main() -> None:
+    """Read, plot, fill."""
+    study = json.loads(STUDY.read_text())
+    answers = study["answers"]
+    PLOTS.mkdir(exist_ok=True)
+    plain = [row for row in answers["plain sampling with fewer steps"] if row["plain"]]
+    blends = [row for row in answers["which blend"] if not row["plain"]]
+
+    def cut_label(row: Row) -> str | None:
+        return LABELS["plain"] if row["plain"] else f"cut {row['cut']}, extrapolate"
+
+    cuts = [*plain, *(row for row in answers["where to cut"] if not row["plain"])]
+    plot(lines_of(cuts, cut_label, share), "share of the arithmetic", PLOTS / "cuts.svg")
+    for cut in ("mid", "out"):
+        at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
+        lines = lines_of(at_cut, lambda row: row["blend"], stride)
+        plot(lines, "stride", PLOTS / f"blends-{cut}.svg", logarithmic=True)
+    for question in ("own full run", "the shipped model"):
+        for cut in ("mid", "out"):
+            rows = [
+                (name.split(" against ")[0], row)
+                for name, found in answers.items()
+                if name.endswith(question)
+                for row in found
+                if row["cut"] == cut and row["blend"] == "extrapolate" and not row["plain"]
+            ]
+            lines = {
+                model: lines_of((r for m, r in rows if m == model), lambda row: "", stride)[""]
+                for model in dict.fromkeys(model for model, _ in rows)
+            }
+            if lines:
+                name = f"models-{cut}-{question.split()[0]}.svg"
+                plot(lines, "stride", PLOTS / name, logarithmic=True)
+    page = PAGE.read_text()
+    for name, rows in answers.items():
+        page = fill(page, name, table(rows))
+    page = fill(page, "features", features_table(study["features"]))
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
