@@ -33,7 +33,7 @@ from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
 from encache.model.checkpoint import default_model, find_checkpoint
-from encache.model.features import CUTS
+from encache.model.features import CUTS, Cut
 from encache.model.split import SplitUNet
 from encache.runtime.blend import Blend
 from encache.runtime.files import write_atomically
@@ -65,6 +65,7 @@ VARIANTS = {
     "fcr10-relative": {**MID, "--fcr-delta-max": "10", "--fcr-form": "relative"},
     "fcr200-raw": {**MID, "--fcr-delta-max": "200"},
     "fcr200-relative": {**MID, "--fcr-delta-max": "200", "--fcr-form": "relative"},
+    "fcr200-spread": {**MID, "--fcr-delta-max": "200", "--fcr-form": "spread"},
     "cached200-up2": {**CACHED, "--fcr-delta-max": "200", "--cut": "up2"},
     "cached100-out": {**CACHED, "--fcr-delta-max": "100", "--cut": "out"},
     "cached200-out": {**CACHED, "--fcr-delta-max": "200", "--cut": "out"},
@@ -99,6 +100,7 @@ def questions(variants: Sequence[str]) -> dict[str, Question]:
         "prior noise": (full, full, _prior_noise(full)),
         "few DDIM steps": (plain(20), plain(20), [plain(20), *_strided(plain(20), (2, 3, 5))]),
         "DPM-Solver++ against its own full run": (few, few, [few, *_strided(few, (2, 3, 5))]),
+        "the same start": _same_start(),
         "against convergence": _convergence(),
         **{f"{one} against its own full run": _variant(one, own=True) for one in variants},
         **{f"{one} against the shipped model": _variant(one, own=False) for one in variants},
@@ -135,12 +137,20 @@ def _strided(full: Setting, strides: Sequence[int]) -> list[Setting]:
     return [replace(full, cut=cut, stride=n) for cut, n in product(("mid", "up2", "out"), strides)]
 
 
-def _convergence() -> Question:
-    """Errors against the solved differential equation.
+def _same_start() -> Question:
+    """Cuts and fewer steps once more, with timesteps that begin at the same one for any number.
 
-    "Leading" timesteps begin elsewhere for every number of steps, so that the same noise means
-    another picture; "trailing" ones always begin at the last, and only then solvers converge.
+    "Leading" timesteps, Stable Diffusion's own, begin elsewhere for every number of steps, so that
+    the same noise leads to another picture; "trailing" ones always begin at the last.
     """
+    full = plain(50, model=TRAILING)
+    cuts: tuple[Cut, ...] = ("mid", "up2", "out")
+    cached = [replace(full, cut=cut, stride=n) for cut, n in product(cuts, (2, 3, 5, 10))]
+    return full, full, [full, *(plain(n, model=TRAILING) for n in FEWER_STEPS), *cached]
+
+
+def _convergence() -> Question:
+    """Errors against the solved differential equation, to which solvers tend from one start."""
     ddim, dpm = plain(50, DDIM, TRAILING), plain(50, DPM, TRAILING)
     fewer = [plain(n, name, TRAILING) for name, n in product((DDIM, DPM), (25, 20, 17, 10))]
     cached = [replace(one, cut="out", stride=n) for one, n in product((ddim, dpm), (2, 3, 5))]

@@ -108,7 +108,7 @@ def emoji(
     help="Sampling steps that --fcr-stride counts in. Default: 50.",
 )
 @click.option(
-    "--fcr-form", type=click.Choice(("raw", "relative")), default="raw", show_default=True
+    "--fcr-form", type=click.Choice(("raw", "relative", "spread")), default="raw", show_default=True
 )
 @click.option(
     "--fcr-stop-grad",
@@ -204,7 +204,7 @@ def fcr(
     fcr_delta_max: int | None,
     fcr_stride: int | None,
     fcr_steps: int | None,
-    fcr_form: Literal["raw", "relative"],
+    fcr_form: Literal["raw", "relative", "spread"],
     fcr_stop_grad: Literal["none", "older", "newer"],
     cached_weight: float,
     resolution: int | None,

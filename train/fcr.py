@@ -22,7 +22,7 @@ from encache.train.diffusion import (
 )
 from encache.train.loop import Losses
 
-Form = Literal["raw", "relative"]
+Form = Literal["raw", "relative", "spread"]
 StopGrad = Literal["none", "older", "newer"]
 
 
@@ -33,8 +33,9 @@ class FCR:
     Attributes:
         weight: lambda; 0 is plain fine-tuning and costs no second encoder run.
         delta_max: D_max in training timesteps.
-        form: "raw" squared differences, or "relative" to each picture's own mean square, so that
-            shrinking the features lowers neither the loss nor has a gradient.
+        form: "raw" squared differences; "relative" to each picture's own mean square, so that
+            shrinking the features does not lower the loss; or relative to their "spread", so that
+            adding a constant to them does not either.
         stop_grad: which side is held still: the "older" (noisier, the key call in sampling), the
             "newer", or "none".
         cut: whose features are compared.
@@ -74,9 +75,10 @@ def consistency(
 ) -> Tensor:
     """Mean over pictures and over the tensors that cross the cut of their mean squared difference.
 
-    The relative form divides by the mean square of both sides and lets the gradient through the
-    divisor: with a detached one the loss keeps its value when features shrink, but its gradient
-    still shrinks them.
+    The relative form divides by the mean square of both sides, the spread form by the mean square
+    of what is left when each channel's mean over the picture is taken away. Both let the gradient
+    through the divisor: with a detached one the loss keeps its value when features shrink, but its
+    gradient still shrinks them.
 
     Args:
         older, newer: features of the same pictures at t and at t - D, each [B, C, h', w'].
@@ -88,8 +90,9 @@ def consistency(
         old = old.detach() if stop_grad == "older" else old
         new = new.detach() if stop_grad == "newer" else new
         change = mean_square(old - new)
-        if form == "relative":
-            change = 2 * change / (mean_square(old) + mean_square(new))
+        if form != "raw":
+            size = mean_square if form == "relative" else spread
+            change = 2 * change / (size(old) + size(new))
         differences.append(change.mean())
     return torch.stack(differences).mean()
 
@@ -97,6 +100,11 @@ def consistency(
 def mean_square(tensor: Tensor) -> Tensor:
     """Mean square of every picture's features [B, C, h', w'] -> [B], in float32."""
     return tensor.float().square().mean(dim=(1, 2, 3))
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """Variance over the pixels, the mean over channels, of features [B, C, h', w'] -> [B]."""
+    return mean_square(tensor - tensor.mean(dim=(2, 3), keepdim=True))
 
 
 class FCRObjective(nn.Module):

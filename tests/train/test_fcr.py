@@ -54,7 +54,7 @@ def noised(batch, timesteps):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("form", ["raw", "relative"])
+@pytest.mark.parametrize("form", ["raw", "relative", "spread"])
 def test_the_loss_equals_its_reference(cut, form):
     batch = make_batch()
     losses = objective(weight=0.3, form=form, cut=cut)(batch)
@@ -68,9 +68,14 @@ def test_the_loss_equals_its_reference(cut, form):
     for old, new in zip(older, newer, strict=True):
         for row in range(3):
             change = ((old[row] - new[row]) ** 2).mean()
-            size = ((old[row] ** 2).mean() + (new[row] ** 2).mean()) / 2
-            relative = change / size if form == "relative" else change
-            expected += 0.3 * relative / (3 * len(older))
+            divisor = {
+                "raw": 1,
+                "relative": ((old[row] ** 2).mean() + (new[row] ** 2).mean()) / 2,
+                "spread": sum(
+                    side[row].var(dim=(1, 2), correction=0).mean() / 2 for side in (old, new)
+                ),
+            }[form]
+            expected += 0.3 * change / divisor / (3 * len(older))
     torch.testing.assert_close(losses.terms["fcr"], expected)
     torch.testing.assert_close(
         losses.terms["denoise"], torch.nn.functional.mse_loss(predicted, batch.noise)
@@ -105,7 +110,7 @@ def test_stop_grad_holds_one_side_still(stop_grad):
 
 def test_shrinking_the_features_lowers_the_raw_form_only():
     features = torch.randn(2, 2, 3, 4, 4, requires_grad=True)
-    for form, ratio in (("raw", 0.01), ("relative", 1.0)):
+    for form, ratio in (("raw", 0.01), ("relative", 1.0), ("spread", 1.0)):
         whole = consistency([features[0]], [features[1]], form, "none")
         shrunk = consistency([0.1 * features[0]], [0.1 * features[1]], form, "none")
         torch.testing.assert_close(shrunk, ratio * whole)
@@ -115,6 +120,15 @@ def test_shrinking_the_features_lowers_the_raw_form_only():
         torch.testing.assert_close(
             along, 2 * whole if form == "raw" else torch.zeros(()), rtol=1e-4, atol=1e-6
         )
+
+
+def test_a_constant_lowers_all_forms_but_spread():
+    features = torch.randn(2, 2, 3, 4, 4)
+    whole = consistency([features[0]], [features[1]], "spread", "none")
+    lifted = consistency([features[0] + 9], [features[1] + 9], "spread", "none")
+    torch.testing.assert_close(lifted, whole)
+    relative = [consistency([f[0]], [f[1]], "relative", "none") for f in (features, features + 9)]
+    assert relative[1] < relative[0] / 10
 
 
 def test_lambda_zero_equals_plain_training_step_for_step():
