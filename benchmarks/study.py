@@ -121,6 +121,7 @@ def _blends(full: Setting) -> list[Setting]:
     paper = PAPER_KEY_CALLS[full.steps]
     return [
         *(replace(one, blend=b, stride=n) for one, n, b in product(cuts, (2, 5, 10, 20), common)),
+        *(replace(cuts[1], blend=b, stride=3) for b in common),
         *(replace(one, blend=b, stride=10) for one, b in product(cuts, rare)),
         *(replace(one, blend=b, key_calls=paper) for one, b in product(cuts, common[:2])),
     ]

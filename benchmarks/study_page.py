@@ -123,6 +123,13 @@ def lines_of(
     return {name: list(points.values()) for name, points in lines.items()}
 
 
+def extrapolated_at(cut: str) -> Callable[[Row], str | None]:
+    """One label for the rows that extrapolate at this cut."""
+    return lambda row: (
+        cut if not row["plain"] and (row["cut"], row["blend"]) == (cut, "extrapolate") else None
+    )
+
+
 def share(row: Row) -> float:
     """Of the full sampler's arithmetic."""
     return row["share"]
@@ -157,22 +164,17 @@ def main() -> None:
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
         plot(lines, "stride", PLOTS / f"blends-{cut}.svg", logarithmic=True)
-    for question in ("own full run", "the shipped model"):
+    variants = study["protocol"]["training"]["variants"]
+    for reference in ("its own full run", "the shipped model"):
+        questions = {name: answers.get(f"{name} against {reference}", []) for name in variants}
         for cut in ("mid", "out"):
-            rows = [
-                (name.split(" against ")[0], row)
-                for name, found in answers.items()
-                if name.endswith(question)
-                for row in found
-                if row["cut"] == cut and row["blend"] == "extrapolate" and not row["plain"]
-            ]
             lines = {
-                model: lines_of((r for m, r in rows if m == model), lambda row: "", stride)[""]
-                for model in dict.fromkeys(model for model, _ in rows)
+                name: points
+                for name, rows in {"shipped": answers["where to cut"], **questions}.items()
+                for points in lines_of(rows, extrapolated_at(cut), stride).values()
             }
-            if lines:
-                name = f"models-{cut}-{question.split()[0]}.svg"
-                plot(lines, "stride", PLOTS / name, logarithmic=True)
+            name = f"models-{cut}-{reference.split()[1]}.svg"
+            plot(lines, "stride", PLOTS / name, logarithmic=True)
     page = PAGE.read_text()
     for name, rows in answers.items():
         page = fill(page, name, table(rows))
