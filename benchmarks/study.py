@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encache.evaluate.extractors import load_extractor
-from encache.evaluate.real import Real, read_real
+from encache.evaluate.real import read_real
 from encache.evaluate.report import strict
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
@@ -36,6 +36,7 @@ from encache.model.checkpoint import default_model, find_checkpoint
 from encache.model.features import CUTS, Cut
 from encache.model.split import SplitUNet
 from encache.runtime.blend import Blend
+from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
 from encache.runtime.files import write_atomically
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
@@ -45,7 +46,6 @@ from encache.train.text import tokenize
 
 FOLDER = Path("runs/study")
 NUM_IMAGES = 512
-GUIDANCE_SCALE = 3.0
 
 #: Every variant is trained alike but for its loss, the control without any.
 COMMON = {
@@ -95,7 +95,7 @@ def questions(variants: Sequence[str]) -> dict[str, Question]:
     full, few = plain(50), plain(20, DPM)
     return {
         "plain sampling with fewer steps": (full, full, [full, *map(plain, FEWER_STEPS)]),
-        "where to cut": (full, full, _cuts(full)),
+        "where to cut": (full, full, _strided(full, (3, 5, 10), CUTS)),
         "which blend": (full, full, _blends(full)),
         "prior noise": (full, full, _prior_noise(full)),
         "few DDIM steps": (plain(20), plain(20), [plain(20), *_strided(plain(20), (2, 3, 5))]),
@@ -105,10 +105,6 @@ def questions(variants: Sequence[str]) -> dict[str, Question]:
         **{f"{one} against its own full run": _variant(one, own=True) for one in variants},
         **{f"{one} against the shipped model": _variant(one, own=False) for one in variants},
     }
-
-
-def _cuts(full: Setting) -> list[Setting]:
-    return [replace(full, cut=cut, stride=n) for n, cut in product((3, 5, 10), CUTS)]
 
 
 def _blends(full: Setting) -> list[Setting]:
@@ -134,8 +130,10 @@ def _prior_noise(full: Setting) -> list[Setting]:
     ]
 
 
-def _strided(full: Setting, strides: Sequence[int]) -> list[Setting]:
-    return [replace(full, cut=cut, stride=n) for cut, n in product(("mid", "up2", "out"), strides)]
+def _strided(
+    full: Setting, strides: Sequence[int], cuts: Sequence[Cut] = ("mid", "up2", "out")
+) -> list[Setting]:
+    return [replace(full, cut=cut, stride=n) for cut, n in product(cuts, strides)]
 
 
 def _same_start() -> Question:
@@ -145,9 +143,8 @@ def _same_start() -> Question:
     the same noise leads to another picture; "trailing" ones always begin at the last.
     """
     full = plain(50, model=TRAILING)
-    cuts: tuple[Cut, ...] = ("mid", "up2", "out")
-    cached = [replace(full, cut=cut, stride=n) for cut, n in product(cuts, (2, 3, 5, 10))]
-    return full, full, [full, *(plain(n, model=TRAILING) for n in FEWER_STEPS), *cached]
+    fewer = [plain(steps, model=TRAILING) for steps in FEWER_STEPS]
+    return full, full, [full, *fewer, *_strided(full, (2, 3, 5, 10))]
 
 
 def _convergence() -> Question:
@@ -204,8 +201,7 @@ def train(emoji_dir: Path, wanted: list[str]) -> None:
 def write_trailing(shipped: Path) -> Path:
     """The shipped model with another scheduler configuration."""
     folder = FOLDER / TRAILING
-    if not folder.exists():
-        shutil.copytree(shipped, folder)
+    shutil.copytree(shipped, folder, dirs_exist_ok=True)  # again: weights of old would stay
     path = folder / "scheduler" / "scheduler_config.json"
     config = {**json.loads(path.read_text()), "timestep_spacing": "trailing", "steps_offset": 0}
     path.write_text(json.dumps(config))
@@ -225,7 +221,9 @@ def open_evaluation(num_images: int) -> Evaluation:
         if weights_of(variant).is_file():
             models[variant] = Model(find_checkpoint(weights_of(variant)), backend)
     prompts = tuple(read_prompts(default_model() / "prompts.txt"))
-    protocol = Protocol(prompts, num_images, GUIDANCE_SCALE, batch_size=256 if gpu else 16)
+    protocol = Protocol(
+        prompts, num_images, DEFAULT_MODEL_GUIDANCE_SCALE, batch_size=256 if gpu else 16
+    )
     extractor = load_extractor("efficientnet-lite0", device="cuda" if gpu else "cpu")
     return Evaluation(models, protocol, Store(FOLDER / "store"), extractor)
 
@@ -261,17 +259,20 @@ def report(evaluation: Evaluation, output: Path) -> None:
     without = Evaluation(evaluation.models, evaluation.protocol, evaluation.store)
     rows: dict[str, list[dict]] = {}
     for question, reference, full, settings in answers(evaluation):
-        compared = question in WITH_REAL or question.endswith("own full run")
-        which = (evaluation, real) if compared else (without, None)
+        compared = question in WITH_REAL or reference.model in VARIANTS
+        measure, pictures = (evaluation, real) if compared else (without, None)
         rows[question] = [
-            describe(which[0], setting, reference, full, opponent, which[1])
+            {
+                **asdict(make_row(measure, setting, reference, full, opponent, pictures)),
+                "errors": errors(measure, setting, reference),
+            }
             for setting, opponent in tqdm(settings.items(), desc=question)
         ]
     content = {
         "machine": describe_machine(),
         "protocol": {
             "num_images": evaluation.protocol.num_images,
-            "guidance_scale": GUIDANCE_SCALE,
+            "guidance_scale": evaluation.protocol.guidance_scale,
             "num_prompts": len(evaluation.protocol.prompts),
             "extractor": evaluation.extractor.name,
             "backend": asdict(evaluation.models[SHIPPED].backend),
@@ -283,18 +284,10 @@ def report(evaluation: Evaluation, output: Path) -> None:
     write_atomically(output, json.dumps(strict(content), allow_nan=False).encode() + b"\n")
 
 
-def describe(
-    evaluation: Evaluation,
-    setting: Setting,
-    reference: Setting,
-    full: Setting,
-    opponent: Setting | None,
-    real: Real | None,
-) -> dict:
-    """The row and the error of each picture, to five digits."""
-    row = make_row(evaluation, setting, reference, full, opponent, real)
-    errors = evaluation.compare_all(setting, reference)["latent_error"]
-    return {**asdict(row), "errors": [float(f"{error:.5g}") for error in errors]}
+def errors(evaluation: Evaluation, setting: Setting, reference: Setting) -> list[float]:
+    """Of each picture, to five digits."""
+    found = evaluation.compare_all(setting, reference)["latent_error"]
+    return [float(f"{error:.5g}") for error in found]
 
 
 def features(evaluation: Evaluation) -> dict[str, dict]:

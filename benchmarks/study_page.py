@@ -11,6 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from encache.evaluate.headline import significant, with_interval
+from encache.evaluate.results import Interval
+
 STUDY = Path("benchmarks/study.json")
 PAGE = Path("docs/study.md")
 PLOTS = Path("docs/study")
@@ -18,28 +21,22 @@ PLOTS = Path("docs/study")
 Row = Mapping[str, Any]
 #: Points (x, mean, low, high) by label.
 Lines = Mapping[str, Sequence[tuple[float, float, float, float]]]
-LABELS = {"plain": "plain sampler, fewer steps"}
+PLAIN = "plain sampler, fewer steps"
 
 
 def short_name(row: Row) -> str:
     """The setting without the words that all rows of a table share."""
-    words = row["name"].split(", ")[1:]
-    return ", ".join(words)
+    return ", ".join(row["name"].split(", ")[1:])
 
 
 def number(value: float | None) -> str:
     """Three significant digits."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return "" if value is None else significant(value, 3)
 
 
-def interval(value: Mapping[str, float] | None, digits: int = 2) -> str:
+def interval(value: Mapping[str, float] | None) -> str:
     """The mean and its 95 % interval."""
-    if value is None:
-        return ""
-    mean, low, high = (f"{value[key]:.{digits}g}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return "" if value is None else with_interval(Interval(**value))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -96,7 +93,7 @@ def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) ->
     axes = figure.add_subplot(yscale="log", xscale="log" if logarithmic else "linear")
     for index, (label, points) in enumerate(lines.items()):
         xs, means, lows, highs = zip(*sorted(points), strict=True)
-        style = {"color": "black", "linestyle": "--"} if label in LABELS.values() else {}
+        style = {"color": "black", "linestyle": "--"} if label == PLAIN else {}
         (line,) = axes.plot(xs, means, marker="osD^v*Px"[index % 8], markersize=5, **style)
         line.set_label(label)
         axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
@@ -142,8 +139,7 @@ def stride(row: Row) -> float:
 
 def uniform(row: Row) -> bool:
     """Whether it is cached, with equal strides and nothing else."""
-    keys = row["key_calls"]
-    even = tuple(keys) == tuple(range(0, row["num_calls"], keys[1] - keys[0]))
+    even = row["key_calls"] == list(range(0, row["num_calls"], int(stride(row))))
     return not row["plain"] and even and not row["prior_noise"]
 
 
@@ -156,7 +152,7 @@ def main() -> None:
     blends = [row for row in answers["which blend"] if not row["plain"]]
 
     def cut_label(row: Row) -> str | None:
-        return LABELS["plain"] if row["plain"] else f"cut {row['cut']}, extrapolate"
+        return PLAIN if row["plain"] else f"cut {row['cut']}, extrapolate"
 
     cuts = [*plain, *(row for row in answers["where to cut"] if not row["plain"])]
     plot(lines_of(cuts, cut_label, share), "share of the arithmetic", PLOTS / "cuts.svg")

@@ -45,7 +45,7 @@ class Model:
         self.checkpoint = checkpoint
         self.backend = backend
         self._pipelines: dict[Cut, EncachePipeline] = {}
-        self._arithmetic: dict[tuple[Cut, tuple[int, ...]], Arithmetic] = {}
+        self._arithmetic: dict[tuple[Cut, tuple[int, int]], Arithmetic] = {}
 
     @cached_property
     def diffusers(self) -> Any:
@@ -86,15 +86,11 @@ class Model:
 
     def arithmetic(self, cut: Cut, protocol: Protocol) -> Arithmetic:
         """Of one row of one call."""
-        size = tuple(
-            (side or self.spec.picture_size) // self.spec.downscale
-            for side in (protocol.height, protocol.width)
-        )
+        size = self.spec.latent_size(protocol.height, protocol.width)
         if (cut, size) not in self._arithmetic:
             length = self.diffusers.tokenizer.model_max_length
-            height, width = size
             self._arithmetic[cut, size] = count_arithmetic(
-                self.diffusers.unet.config, cut, height, width, length
+                self.diffusers.unet.config, cut, *size, length
             )
         return self._arithmetic[cut, size]
 

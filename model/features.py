@@ -10,7 +10,7 @@ from encache.errors import CheckpointError
 #: which leaves nothing to decode: the features are the noise prediction itself.
 Cut = Literal["mid", "up0", "up1", "up2", "out"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
-#: The cheapest, and no other stays closer to the full sampler (docs/study.md).
+#: The cheapest, and at equal strides the nearest to the full sampler (README.md, measured).
 DEFAULT_CUT: Cut = "out"
 
 
@@ -48,6 +48,11 @@ class ImageSpec:
     def picture_size(self) -> int:
         """Default picture height and width in pixels."""
         return self.sample_size * self.downscale
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent height and width of a picture's, which default to the model's own."""
+        height, width = height or self.picture_size, width or self.picture_size
+        return height // self.downscale, width // self.downscale
 
     @classmethod
     def of(cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> "ImageSpec":

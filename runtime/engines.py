@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from encache.model.features import DEFAULT_CUT, Cut, Feature
+from encache.model.features import Cut, Feature
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -74,7 +74,7 @@ class TorchEngines:
 
     name = "torch"
 
-    def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut = DEFAULT_CUT) -> None:
+    def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut) -> None:
         from encache.model.split import SplitUNet
 
         split = SplitUNet(pipeline.unet, cut)

@@ -215,9 +215,8 @@ class EncachePipeline:
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent height and width of a picture's, which default to the model's own."""
-        height, width = height or self.spec.picture_size, width or self.spec.picture_size
-        check_size(height, width)
-        return height // self.spec.downscale, width // self.spec.downscale
+        check_size(*(side or self.spec.picture_size for side in (height, width)))
+        return self.spec.latent_size(height, width)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
