@@ -62,19 +62,18 @@ CACHED = {"--fcr-weight": "0", "--cached-weight": "1"}
 VARIANTS = {
     "control": {"--fcr-weight": "0"},
     "fcr10-raw": {**MID, "--fcr-delta-max": "10"},
-    "fcr10-relative": {**MID, "--fcr-delta-max": "10", "--fcr-form": "relative"},
     "fcr200-raw": {**MID, "--fcr-delta-max": "200"},
     "fcr200-relative": {**MID, "--fcr-delta-max": "200", "--fcr-form": "relative"},
     "fcr200-spread": {**MID, "--fcr-delta-max": "200", "--fcr-form": "spread"},
-    "cached200-up2": {**CACHED, "--fcr-delta-max": "200", "--cut": "up2"},
     "cached100-out": {**CACHED, "--fcr-delta-max": "100", "--cut": "out"},
-    "cached200-out": {**CACHED, "--fcr-delta-max": "200", "--cut": "out"},
 }
 SHIPPED = "shipped"
 #: The shipped model with "trailing" timesteps.
 TRAILING = "trailing"
 DDIM, DPM = "ddim", "dpmsolver++"
-FEWER_STEPS = (40, 30, 25, 20, 17, 15, 10, 5)
+#: Cuts that save enough to be held against fewer steps.
+DEEP: tuple[Cut, ...] = ("up2", "out")
+FEWER_STEPS = (40, 30, 25, 20, 17, 10, 5)
 #: Where pictures are also compared with real ones, which takes as long as drawing them.
 WITH_REAL = ("plain sampling with fewer steps", "where to cut")
 #: Of the pairs whose features are compared, in training timesteps.
@@ -92,14 +91,18 @@ Question = tuple[Setting, Setting, list[Setting]]
 
 def questions(variants: Sequence[str]) -> dict[str, Question]:
     """All questions by name."""
-    full, few = plain(50), plain(20, DPM)
+    full, few, few_dpm = plain(50), plain(20), plain(20, DPM)
     return {
         "plain sampling with fewer steps": (full, full, [full, *map(plain, FEWER_STEPS)]),
-        "where to cut": (full, full, _strided(full, (3, 5, 10), CUTS)),
+        "where to cut": (full, full, _strided(full, CUTS, (5, 10))),
         "which blend": (full, full, _blends(full)),
         "prior noise": (full, full, _prior_noise(full)),
-        "few DDIM steps": (plain(20), plain(20), [plain(20), *_strided(plain(20), (2, 3, 5))]),
-        "DPM-Solver++ against its own full run": (few, few, [few, *_strided(few, (2, 3, 5))]),
+        "few DDIM steps": (few, few, [few, *_strided(few, DEEP, (2, 3, 5))]),
+        "few DPM-Solver++ steps": (
+            few_dpm,
+            few_dpm,
+            [few_dpm, *_strided(few_dpm, DEEP, (2, 3, 5))],
+        ),
         "the same start": _same_start(),
         "against convergence": _convergence(),
         **{f"{one} against its own full run": _variant(one, own=True) for one in variants},
@@ -109,50 +112,47 @@ def questions(variants: Sequence[str]) -> dict[str, Question]:
 
 def _blends(full: Setting) -> list[Setting]:
     """At the cut of the method's authors, and at the cheapest."""
-    cuts = [replace(full, cut=cut) for cut in ("mid", "out")]
+    mid, out = replace(full, cut="mid"), replace(full, cut="out")
     common: tuple[Blend, ...] = ("reuse", "extrapolate", "interpolate")
-    rare: tuple[Blend, ...] = (
-        *("extrapolate-damped", "extrapolate2", "interpolate-continued", "interpolate-refresh"),
-    )
+    rare: tuple[Blend, ...] = ("extrapolate-damped", "extrapolate2", "interpolate-continued")
     paper = PAPER_KEY_CALLS[full.steps]
     return [
-        *(replace(one, blend=b, stride=n) for one, n, b in product(cuts, (2, 5, 10, 20), common)),
-        *(replace(cuts[1], blend=b, stride=3) for b in common),
-        *(replace(one, blend=b, stride=10) for one, b in product(cuts, rare)),
-        *(replace(one, blend=b, key_calls=paper) for one, b in product(cuts, common[:2])),
+        *(replace(mid, blend=b, stride=n) for n, b in product((5, 10), common)),
+        replace(mid, blend="interpolate-refresh", stride=10),
+        replace(mid, blend="reuse", key_calls=paper),
+        *(replace(out, blend=b, stride=n) for n, b in product((2, 3, 5, 10, 20), common)),
+        *(replace(out, blend=b, stride=10) for b in (*rare, "interpolate-refresh")),
+        *(replace(out, blend=b, key_calls=paper) for b in common[:2]),
     ]
 
 
 def _prior_noise(full: Setting) -> list[Setting]:
+    noisy = replace(full, stride=10, prior_noise=True)
     return [
-        replace(full, cut=cut, blend=blend, stride=10, prior_noise=True)
-        for cut, blend in product(("mid", "out"), ("reuse", "extrapolate"))
+        replace(noisy, cut="mid", blend="reuse"),
+        *(replace(noisy, cut="out", blend=blend) for blend in ("reuse", "extrapolate")),
     ]
 
 
-def _strided(
-    full: Setting, strides: Sequence[int], cuts: Sequence[Cut] = ("mid", "up2", "out")
-) -> list[Setting]:
+def _strided(full: Setting, cuts: Sequence[Cut], strides: Sequence[int]) -> list[Setting]:
     return [replace(full, cut=cut, stride=n) for cut, n in product(cuts, strides)]
 
 
 def _same_start() -> Question:
-    """Cuts and fewer steps once more, with timesteps that begin at the same one for any number.
+    """Fewer steps once more, with timesteps that begin at the same one for any number.
 
     "Leading" timesteps, Stable Diffusion's own, begin elsewhere for every number of steps, so that
     the same noise leads to another picture; "trailing" ones always begin at the last.
     """
     full = plain(50, model=TRAILING)
-    fewer = [plain(steps, model=TRAILING) for steps in FEWER_STEPS]
-    return full, full, [full, *fewer, *_strided(full, (2, 3, 5, 10))]
+    return full, full, [full, *_strided(full, ["out"], (2, 3, 5, 10))]
 
 
 def _convergence() -> Question:
     """Errors against the solved differential equation, to which solvers tend from one start."""
     ddim, dpm = plain(50, DDIM, TRAILING), plain(50, DPM, TRAILING)
-    fewer = [plain(n, name, TRAILING) for name, n in product((DDIM, DPM), (25, 20, 17, 10))]
     cached = [replace(one, cut="out", stride=n) for one, n in product((ddim, dpm), (2, 3, 5))]
-    return plain(250, DPM, TRAILING), ddim, [ddim, dpm, *fewer, *cached]
+    return plain(250, DPM, TRAILING), ddim, [ddim, dpm, *cached]
 
 
 def _variant(name: str, own: bool) -> Question:
@@ -160,7 +160,7 @@ def _variant(name: str, own: bool) -> Question:
     full = plain(50, model=name)
     mid, out = replace(full, cut="mid"), replace(full, cut="out")
     cached = [
-        *(replace(mid, blend="reuse", stride=n) for n in (5, 10)),
+        replace(mid, blend="reuse", stride=10),
         *(replace(mid, stride=n) for n in (5, 10)),
         *(replace(out, stride=n) for n in (3, 5, 10)),
     ]
@@ -231,13 +231,13 @@ def open_evaluation(num_images: int) -> Evaluation:
 def answers(
     evaluation: Evaluation,
 ) -> Iterator[tuple[str, Setting, Setting, dict[Setting, Setting | None]]]:
-    """The questions; the shipped model's settings come with as many plain steps as they cost."""
+    """The questions; the shipped model's deep cuts come with as many plain steps as they cost."""
     variants = [name for name in evaluation.models if name in VARIANTS]
     for question, (reference, full, settings) in questions(variants).items():
         opponents = {
             one: plain_at_equal_arithmetic(evaluation.models[one.model], evaluation.protocol, one)
             for one in settings
-            if not one.plain and one.model not in VARIANTS
+            if not one.plain and one.cut in DEEP and one.model not in VARIANTS
         }
         listed = [*settings, *opponents.values()]
         yield question, reference, full, {one: opponents.get(one) for one in listed}
