@@ -1,4 +1,4 @@
-"""The four ONNX graphs of a pipeline: UNet encoder and decoder, text encoder, image decoder."""
+"""The ONNX graphs of a pipeline: UNet encoder and decoder, text encoder, image decoder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,12 +49,16 @@ class Graph:
 
 
 def pipeline_graphs(pipeline: "StableDiffusionPipeline", cut: Cut) -> tuple[Graph, ...]:
-    """List the graphs of a pipeline whose UNet is cut at `cut`."""
+    """List the graphs of a pipeline whose UNet is cut at `cut`.
+
+    The cut "out" leaves no decoder but the blend, which needs no engine.
+    """
     split = SplitUNet(pipeline.unet, cut)
     length = pipeline.tokenizer.model_max_length
+    decoder = () if cut == "out" else (_decoder_graph(split, pipeline.unet, length),)
     return (
         _encoder_graph(split, pipeline.unet, length),
-        _decoder_graph(split, pipeline.unet, length),
+        *decoder,
         _text_graph(pipeline.text_encoder, len(pipeline.tokenizer), length),
         _picture_graph(pipeline.vae),
     )

@@ -17,7 +17,7 @@ from encache.model.features import Cut, Feature, ImageSpec
 
 MANIFEST = "manifest.json"
 #: Raised when graphs of an older encache no longer fit its runtime.
-GRAPH_FORMAT = 1
+GRAPH_FORMAT = 2
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 REBUILD = "Delete the folder and run encache-export again."
 

@@ -6,21 +6,23 @@ latents only through the features, so decoder calls that share features run as o
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from encache.errors import CheckpointError
 from encache.model.features import Cut, Feature, feature_table, num_up_blocks_cached
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 
 class UNetEncoder(nn.Module):
     """Down blocks, mid block and the up blocks before the cut; all of the UNet if it is "out"."""
 
-    def __init__(self, unet: UNet2DConditionModel, cut: Cut) -> None:
+    def __init__(self, unet: "UNet2DConditionModel", cut: Cut) -> None:
         super().__init__()
         self.unet = unet
         self.cut = cut
@@ -62,7 +64,7 @@ class UNetEncoder(nn.Module):
 class UNetDecoder(nn.Module):
     """The blend, then the up blocks after the cut and the output convolution, if any are left."""
 
-    def __init__(self, unet: UNet2DConditionModel, cut: Cut) -> None:
+    def __init__(self, unet: "UNet2DConditionModel", cut: Cut) -> None:
         super().__init__()
         self.unet = unet
         self.cut = cut
@@ -114,7 +116,7 @@ class SplitUNet:
         CheckpointError: the UNet conditions on something that the halves do not carry.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, cut: Cut) -> None:
+    def __init__(self, unet: "UNet2DConditionModel", cut: Cut) -> None:
         _refuse_unsupported(unet)
         self.cut = cut
         self.features: tuple[Feature, ...] = feature_table(unet.config, cut)
@@ -153,7 +155,7 @@ def _run_up_blocks(
     return hidden, skips
 
 
-def _predict(unet: UNet2DConditionModel, hidden: Tensor) -> Tensor:
+def _predict(unet: "UNet2DConditionModel", hidden: Tensor) -> Tensor:
     """The noise prediction from what the last up block gives."""
     if unet.conv_norm_out is not None:
         hidden = unet.conv_act(unet.conv_norm_out(hidden))
@@ -165,7 +167,7 @@ def _attend(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
 
 
 def _embed_time(
-    unet: UNet2DConditionModel,
+    unet: "UNet2DConditionModel",
     timesteps: Tensor,
     text: Tensor,
     added_text: Tensor | None,
@@ -179,7 +181,7 @@ def _embed_time(
     return emb + unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
 
 
-def _refuse_unsupported(unet: UNet2DConditionModel) -> None:
+def _refuse_unsupported(unet: "UNet2DConditionModel") -> None:
     config = unet.config
     up_blocks = {type(block).__name__ for block in unet.up_blocks}
     unsupported = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from encache.errors import EngineError
 from encache.export.manifest import REBUILD, Manifest, read_verified
+from encache.model.split import blend
 from encache.runtime.engines import TORCH_DTYPES
 
 _NUMPY = {
@@ -22,7 +23,7 @@ _NUMPY = {
 
 
 class OrtEngines:
-    """The four graphs of an engine folder as ONNX Runtime sessions."""
+    """The graphs of an engine folder as ONNX Runtime sessions."""
 
     name = "onnxruntime"
 
@@ -37,7 +38,9 @@ class OrtEngines:
         self.device = torch.device("cpu")
         self._names = [feature.name for feature in self.features]
         self._encoder = _open_session(folder, manifest, "unet_encoder")
-        self._decoder = _open_session(folder, manifest, "unet_decoder")
+        self._decoder = None  # the cut "out" leaves nothing to run
+        if manifest.identity.cut != "out":
+            self._decoder = _open_session(folder, manifest, "unet_decoder")
         self._text_encoder = _open_session(folder, manifest, "text_encoder")
         self._vae_decoder = _open_session(folder, manifest, "vae_decoder")
 
@@ -51,6 +54,8 @@ class OrtEngines:
     def decode(
         self, ring: Sequence[Tensor], weights: Tensor, timesteps: Tensor, text: Tensor
     ) -> Tensor:
+        if self._decoder is None:
+            return blend(weights, ring[0])
         features = dict(zip(self._names, ring, strict=True))
         rows = len(weights) * len(text)
         noise = torch.empty(rows, self.spec.channels, *ring[0].shape[-2:], dtype=self.dtype)
