@@ -4,9 +4,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,47 +14,70 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from encache.errors import EncacheError, EngineError
+from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import (
+    ENGINE,
     MANIFEST,
+    ONNX,
+    ONNX_WEIGHTS,
     Identity,
     Manifest,
     identify,
     read_manifest,
     record_files,
 )
+from encache.export.target import Target
 from encache.model.checkpoint import Checkpoint, load_pipeline
-from encache.model.features import CUTS, DEFAULT_CUT, Cut, ImageSpec, feature_table
+from encache.model.features import CUTS, DEFAULT_CUT, Cut, Feature, ImageSpec, feature_table
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+    from encache.export.trt import Shapes
 
 #: Largest accepted ||graph - eager|| / ||eager||, by dtype. fp32 graphs differ by reordered sums,
 #: fp16 graphs by their weights' and activations' rounding.
 PARITY_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
 DTYPES = tuple(PARITY_TOLERANCE)
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
 
 Report = Callable[[str], None]
 
 
+def default_dtype(backend: str) -> str:
+    """What suits a backend: GPUs are twice as fast in fp16, CPUs are not."""
+    return "fp16" if backend in TENSORRT_BACKENDS else "fp32"
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to build; equal requests end in the same folder."""
+    """What to build; equal requests end in the same folder.
+
+    Attributes:
+        checkpoint: the model.
+        cut: where its UNet is cut.
+        dtype: "fp32" or "fp16".
+        backend: what will run the engines.
+        target: what TensorRT engines are compiled for; None for ONNX Runtime.
+    """
 
     checkpoint: Checkpoint
     cut: Cut = DEFAULT_CUT
     dtype: str = "fp32"
     backend: str = "onnxruntime"
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         for value, known in ((self.cut, CUTS), (self.dtype, DTYPES), (self.backend, BACKENDS)):
             if value not in known:
                 raise EncacheError(f"There is no {value!r}. Choose one of {', '.join(known)}.")
+        if (self.backend in TENSORRT_BACKENDS) != (self.target is not None):
+            raise EncacheError("TensorRT engines, and no others, need a target.")
 
     @cached_property
     def identity(self) -> Identity:
         """Hashes the checkpoint, which takes about 0.7 s per GB."""
-        return identify(self.checkpoint, self.cut, self.dtype, self.backend)
+        return identify(self.checkpoint, self.cut, self.dtype, self.backend, self.target)
 
     @property
     def folder_name(self) -> str:
@@ -63,16 +86,33 @@ class Request:
 
 
 def find_engines(request: Request, engine_dir: Path) -> Path | None:
-    """The finished engine folder of this request, or None.
+    """The finished engine folder of this request, or one that serves it too, or None.
 
     Raises:
         EngineError: it is finished, but a file is missing, of another size, or foreign.
     """
     folder = engine_dir / request.folder_name
-    if not (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+        return folder
+    if not request.target:
         return None
-    read_manifest(folder)
-    return folder
+    others = sorted(engine_dir.glob(f"{request.checkpoint.name}-*/{MANIFEST}"))
+    return next((one.parent for one in others if _serves(one.parent, request)), None)
+
+
+def _serves(folder: Path, request: Request) -> bool:
+    """Whether a folder holds the request's engines, compiled for a wider target."""
+    try:
+        identity = read_manifest(folder).identity
+    except EngineError:  # whoever asks for that folder itself is told
+        return False
+    assert request.target
+    return (
+        identity.target is not None
+        and identity.target.covers(request.target)
+        and replace(identity, target=request.target) == request.identity
+    )
 
 
 def build_engines(request: Request, engine_dir: Path, report: Report = lambda line: None) -> Path:
@@ -118,26 +158,63 @@ def _take(lock: FileLock, report: Report) -> AbstractContextManager[object]:
 
 
 def _write_engines(request: Request, folder: Path, report: Report) -> None:
+    start = time.perf_counter()
+    exported = _export(request, folder, report)
+    scratch_bytes = _compile(request, exported.shapes, folder, report) if request.target else {}
+    manifest = Manifest(
+        name=request.checkpoint.name,
+        identity=request.identity,
+        features=exported.features,
+        spec=exported.spec,
+        files=record_files(folder),
+        parity=exported.parity,
+        parity_tolerance=PARITY_TOLERANCE[request.dtype],
+        build_seconds=round(time.perf_counter() - start, 1),
+        scratch_bytes=scratch_bytes,
+    )
+    manifest.write(folder)
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """What is known of the ONNX graphs once the checkpoint has left memory.
+
+    Attributes:
+        features, spec: as in the manifest.
+        parity: relative error of each graph.
+        shapes: of each graph's inputs, for engines with a target.
+    """
+
+    features: tuple[Feature, ...]
+    spec: ImageSpec
+    parity: dict[str, float]
+    shapes: "dict[str, dict[str, Shapes]]"
+
+
+def _export(request: Request, folder: Path, report: Report) -> _Exported:
+    """Write the ONNX graphs with their companions, and check them against PyTorch."""
     import torch
 
     from encache.export.graphs import pipeline_graphs, write_onnx
     from encache.export.parity import measure_parity
+    from encache.export.trt import profile
 
-    start = time.perf_counter()
     dtype = torch.float16 if request.dtype == "fp16" else torch.float32
     pipeline = load_pipeline(request.checkpoint, dtype)
-    size = pipeline.unet.config.sample_size
-    traced = max(size, 16)  # smaller pictures shrink to one pixel inside the UNet
-    for graph in pipeline_graphs(pipeline, request.cut):
+    spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    traced = max(spec.sample_size, 16)  # smaller pictures shrink to one pixel inside the UNet
+    graphs = pipeline_graphs(pipeline, request.cut)
+    for graph in graphs:
         (folder / graph.name).mkdir()
         write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": traced, "w": traced})
         report(f"exported {graph.name}")
+    _write_companions(pipeline, folder)
     # The reference computes in fp32, also with weights that were rounded to fp16.
     pipeline.to(torch.float32)
     tolerance = PARITY_TOLERANCE[request.dtype]
     parity = {}
-    for graph in pipeline_graphs(pipeline, request.cut):
-        error = measure_parity(graph, folder / graph.name / "model.onnx", size)
+    for graph in graphs:
+        error = measure_parity(graph, folder / graph.name / ONNX, spec.sample_size)
         report(f"checked {graph.name}: relative error {error:.1e}")
         if not error <= tolerance:
             raise EngineError(
@@ -145,18 +222,34 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
                 f"{tolerance:.0e}. Nothing was written; try --dtype fp32, or report this."
             )
         parity[graph.name] = error
-    _write_companions(pipeline, folder)
-    manifest = Manifest(
-        name=request.checkpoint.name,
-        identity=request.identity,
+    target = request.target
+    return _Exported(
         features=feature_table(pipeline.unet.config, request.cut),
-        spec=ImageSpec.of(pipeline.unet.config, pipeline.vae.config),
-        files=record_files(folder),
+        spec=spec,
         parity=parity,
-        parity_tolerance=tolerance,
-        build_seconds=round(time.perf_counter() - start, 1),
+        shapes={one.name: profile(one, target, spec) for one in graphs} if target else {},
     )
-    manifest.write(folder)
+
+
+def _compile(
+    request: Request, shapes: "Mapping[str, Mapping[str, Shapes]]", folder: Path, report: Report
+) -> dict[str, int]:
+    """Put TensorRT engines in the place of the ONNX graphs; the bytes of scratch each needs."""
+    from encache.export.trt import Compiler
+
+    assert request.target
+    scratch_bytes = {}
+    for graph, sizes in shapes.items():
+        path = folder / graph / ONNX
+        compiler = Compiler(request.backend, path)
+        ahead = request.target.compute_capabilities if request.backend == "tensorrt-rtx" else ()
+        compiled = compiler.compile(sizes, ahead)
+        path.with_name(ENGINE).write_bytes(compiled.engine)
+        path.unlink()
+        path.with_name(ONNX_WEIGHTS).unlink()
+        report(f"compiled {graph}: {compiled.scratch_bytes / 2**20:.0f} MiB of scratch memory")
+        scratch_bytes[graph] = compiled.scratch_bytes
+    return scratch_bytes
 
 
 def _write_companions(pipeline: "StableDiffusionPipeline", folder: Path) -> None:

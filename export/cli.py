@@ -2,19 +2,71 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from encache.command import Command
-from encache.export.build import BACKENDS, Request, build_engines, find_engines
+from encache.command import Command, typed_options
+from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
+from encache.export.library import TENSORRT_BACKENDS, describe_library
 from encache.export.options import engine_options
-from encache.model.checkpoint import find_checkpoint
-from encache.model.features import Cut
+from encache.export.target import GPUS, Span, Target, parse_span, resolve_compute_capabilities
+from encache.model.checkpoint import default_picture_size, find_checkpoint
+from encache.model.features import Cut, check_size
+
+
+class _SpanType(click.ParamType):
+    """A size like 512, or a span of sizes like 512:768."""
+
+    name = "SPAN"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Span:
+        try:
+            return parse_span(value)
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
+
+
+_SPAN = _SpanType()
+_COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "height", "width"}
 
 
 @click.command(cls=Command)
 @engine_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
+@click.option(
+    "--gpu",
+    "gpus",
+    type=click.Choice(tuple(GPUS)),
+    multiple=True,
+    help="Compile TensorRT-RTX engines for it, on any machine; repeatable. Default: the one here.",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    type=click.Choice(tuple(GPUS.values())),
+    multiple=True,
+    help="The same by number.",
+)
+@click.option(
+    "--batch",
+    type=_SPAN,
+    default="1",
+    show_default=True,
+    help="Guided pictures at once, for TensorRT: one number, which is fastest, or a span like 1:4, "
+    "from one unguided picture to four guided ones.",
+)
+@click.option(
+    "--decode-batch",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Most calls that TensorRT decodes at once; more take more memory, not more time.",
+)
+@click.option("--height", type=_SPAN, help="Pixels, for TensorRT: a number or a span like 512:768.")
+@click.option("--width", type=_SPAN, help="Likewise. Default: the model's own size.")
 @click.option(
     "--engine-dir",
     type=click.Path(path_type=Path),
@@ -23,15 +75,47 @@ from encache.model.features import Cut
     help="Parent of the engine folders.",
 )
 def main(
-    ckpt: str | None, base: str | None, cut: Cut, dtype: str, backend: str, engine_dir: Path
+    ckpt: str | None,
+    base: str | None,
+    cut: Cut,
+    dtype: str | None,
+    backend: str,
+    gpus: tuple[str, ...],
+    compute_capabilities: tuple[str, ...],
+    batch: Span,
+    decode_batch: int,
+    height: Span | None,
+    width: Span | None,
+    engine_dir: Path,
 ) -> None:
-    """Split a Stable Diffusion UNet and export it with its text encoder and image decoder.
+    r"""Split a Stable Diffusion UNet and export it with its text encoder and image decoder.
 
     Prints the engine folder. Repeating a finished export does nothing.
 
-    Example: encache-export --ckpt fcr.safetensors --base path/to/stable-diffusion
+    \b
+    Examples:
+      encache-export --ckpt fcr.safetensors --base path/to/stable-diffusion
+      encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
     """
-    request = Request(find_checkpoint(ckpt, base), cut, dtype, backend)
+    target = None
+    checkpoint = find_checkpoint(ckpt, base)
+    if backend in TENSORRT_BACKENDS:
+        check_size(*(height or ()), *(width or ()))
+        size = 0 if height and width else default_picture_size(checkpoint)
+        target = Target(
+            describe_library(backend),
+            resolve_compute_capabilities(backend, gpus, compute_capabilities),
+            (batch[0] if batch[0] < batch[1] else 2 * batch[0], 2 * batch[1]),
+            0 if cut == "out" else decode_batch,
+            height or (size, size),
+            width or (size, size),
+        )
+    else:
+        for option in typed_options(_COMPILED_ONLY):
+            raise click.UsageError(
+                f"{option} means nothing without TensorRT: ONNX Runtime takes any size, anywhere."
+            )
+    request = Request(checkpoint, cut, dtype or default_dtype(backend), backend, target)
     if finished := find_engines(request, engine_dir):
         click.echo("Nothing to do: this export is finished.", err=True)
         click.echo(finished)

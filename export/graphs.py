@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from encache.export.manifest import ONNX
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
 
@@ -72,7 +73,7 @@ def write_onnx(graph: Graph, folder: Path, sizes: Sizes) -> Path:
         folder: receives model.onnx and model.onnx.data.
         sizes: of the traced example; they stay free in the graph.
     """
-    path = folder / "model.onnx"
+    path = folder / ONNX
     with torch.inference_mode():
         program = torch.onnx.export(
             graph.module.eval(),

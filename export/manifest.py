@@ -6,16 +6,19 @@ Needs neither torch nor a backend, so a finished export is recognised at once.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from encache.errors import EngineError
+from encache.export.target import Target
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import Cut, Feature, ImageSpec
 
 MANIFEST = "manifest.json"
+#: What a part's folder holds: a graph with its weights beside it, or a compiled engine.
+ONNX, ONNX_WEIGHTS, ENGINE = "model.onnx", "model.onnx.data", "model.engine"
 #: Raised when graphs of an older encache no longer fit its runtime.
 GRAPH_FORMAT = 2
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -30,6 +33,7 @@ class Identity:
         model: fingerprint of the checkpoint.
         cut, dtype, backend: as asked for.
         tools: versions of the libraries that trace the graphs.
+        target: what TensorRT engines are compiled for; None for ONNX graphs.
         graph_format: see `GRAPH_FORMAT`.
     """
 
@@ -38,6 +42,7 @@ class Identity:
     dtype: str
     backend: str
     tools: str
+    target: Target | None = None
     graph_format: int = GRAPH_FORMAT
 
     @property
@@ -47,10 +52,12 @@ class Identity:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def identify(checkpoint: Checkpoint, cut: Cut, dtype: str, backend: str) -> Identity:
+def identify(
+    checkpoint: Checkpoint, cut: Cut, dtype: str, backend: str, target: Target | None
+) -> Identity:
     """The identity of the engines that this machine would build."""
     tools = " ".join(f"{name} {version(name).split('+')[0]}" for name in _TOOLS)
-    return Identity(checkpoint.fingerprint, cut, dtype, backend, tools)
+    return Identity(checkpoint.fingerprint, cut, dtype, backend, tools, target)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Manifest:
         parity: relative error of each graph against PyTorch eager at build.
         parity_tolerance: the largest that was accepted.
         build_seconds: how long the build took.
+        scratch_bytes: GPU memory that each TensorRT engine needs beside its weights.
     """
 
     name: str
@@ -84,6 +92,7 @@ class Manifest:
     parity: Mapping[str, float]
     parity_tolerance: float
     build_seconds: float
+    scratch_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write manifest.json; it must be the last file of the folder."""
@@ -115,7 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} has graph format {graph_format}, this encache reads {GRAPH_FORMAT}. "
                 f"{REBUILD}"
             )
-        identity = Identity(**data["identity"])
+        target = data["identity"]["target"]
+        identity = Identity(**{**data["identity"], "target": target and Target(**_tuples(target))})
         manifest = Manifest(
             **{
                 **data,
@@ -134,6 +144,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
     _refuse_changed(folder, manifest)
     return manifest
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """With tuples for JSON's lists."""
+    return {name: tuple(one) if isinstance(one, list) else one for name, one in data.items()}
 
 
 def _refuse_changed(folder: Path, manifest: Manifest) -> None:

@@ -22,7 +22,9 @@ _OPTIONS = (
         show_default=True,
         help="Where the UNet is cut; a later cut caches more of it, out caches all.",
     ),
-    click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), help="Default: fp32, and fp16 for TensorRT."
+    ),
 )
 
 

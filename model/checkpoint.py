@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from encache.errors import CheckpointError
+from encache.model.features import ImageSpec
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,24 @@ class Checkpoint:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
             total.update(file.name.encode())
         return total.hexdigest()
+
+
+def default_picture_size(checkpoint: Checkpoint) -> int:
+    """Side in pixels of the pictures that a checkpoint was trained on, read without loading it.
+
+    Raises:
+        CheckpointError: no folder is known that says so.
+    """
+    if checkpoint.folder is None:
+        raise CheckpointError(
+            f"{checkpoint.weights} does not say its picture size: add --base, or --height and "
+            "--width."
+        )
+    unet, vae = (
+        json.loads((checkpoint.folder / part / "config.json").read_text())
+        for part in ("unet", "vae")
+    )
+    return ImageSpec.of(unet, {"scaling_factor": 1.0, **vae}).picture_size
 
 
 def _is_loaded(file: Path) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from encache.errors import CheckpointError
+from encache.errors import CheckpointError, EncacheError
 
 #: Where the UNet is cut: after the mid block, after up_blocks[0], [1] or [2], or behind its output,
 #: which leaves nothing to decode: the features are the noise prediction itself.
@@ -63,6 +63,15 @@ class ImageSpec:
             downscale=2 ** (len(vae_config["block_out_channels"]) - 1),
             scaling_factor=vae_config["scaling_factor"],
         )
+
+
+def check_size(*sides: int) -> None:
+    """Raise EncacheError unless every side of a picture is a multiple of 8 pixels."""
+    for side in sides:
+        if side % 8 or side < 8:
+            raise EncacheError(
+                f"Height and width must be multiples of 8, not {side}: try {max(8, side // 8 * 8)}."
+            )
 
 
 def num_up_blocks_cached(cut: Cut, num_up_blocks: int) -> int:

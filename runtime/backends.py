@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encache.errors import EngineError
+from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import REBUILD, Manifest, read_verified
 from encache.runtime.engines import Engines
 
@@ -25,6 +26,10 @@ def load_engines(folder: Path, manifest: Manifest) -> Engines:
         from encache.runtime.ort import OrtEngines
 
         return OrtEngines(folder, manifest)
+    if backend in TENSORRT_BACKENDS:
+        from encache.runtime.trt import TensorRTEngines
+
+        return TensorRTEngines(folder, manifest)
     raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
 
 

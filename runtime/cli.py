@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from click.core import ParameterSource
 
 from encache import __version__
-from encache.command import Command
-from encache.export.build import BACKENDS, Request, build_engines, find_engines
+from encache.command import Command, typed_options
+from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
+from encache.export.library import TENSORRT_BACKENDS, describe_library
 from encache.export.manifest import MANIFEST, read_manifest
 from encache.export.options import engine_options
-from encache.model.checkpoint import Checkpoint, find_checkpoint
-from encache.model.features import Cut
+from encache.export.target import Target, local_compute_capability
+from encache.model.checkpoint import Checkpoint, default_picture_size, find_checkpoint
+from encache.model.features import Cut, check_size
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
@@ -141,7 +142,7 @@ def main(
     ckpt: str | None,
     base: str | None,
     cut: Cut,
-    dtype: str,
+    dtype: str | None,
     backend: str,
     engine_dir: Path,
     output: Path,
@@ -163,18 +164,22 @@ def main(
     _refuse_what_would_be_ignored(engine_dir if one_folder else None, comparing)
 
     from encache.runtime.files import check_writable
-    from encache.runtime.pipeline import check_size
     from encache.runtime.plan import make_plan
     from encache.runtime.schedulers import make_scheduler
 
     # Everything that can be wrong is checked before engines are built, which may take minutes.
     check_size(*(side for side in (height, width) if side))
+    dtype = dtype or default_dtype(backend)
     seeds = range(seed, seed + (repeats if comparing else num_images))
     source = None if one_folder else find_checkpoint(ckpt, base)
+    size = None
+    if source and backend in TENSORRT_BACKENDS:
+        local_compute_capability()
+        size = default_picture_size(source)
     pipeline = None
     folder = source.folder if source else engine_dir
     if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
-        pipeline = _open(source, cut, dtype, backend, engine_dir)
+        pipeline = _open(source, cut, dtype, backend, None, engine_dir)
         solver = pipeline.scheduler
     else:
         solver = _read_scheduler(folder)
@@ -198,7 +203,17 @@ def main(
     if json_path:
         check_writable(json_path.parent)
     paths = [] if comparing else _picture_paths(output, wanted, seeds)
-    pipeline = pipeline or _open(source, cut, dtype, backend, engine_dir)
+    target = None
+    if size:
+        target = Target(
+            describe_library(backend),
+            (local_compute_capability(),),
+            (rows_per_call, rows_per_call),
+            plan.longest_decode if cut != "out" else 0,
+            (height or size,) * 2,
+            (width or size,) * 2,
+        )
+    pipeline = pipeline or _open(source, cut, dtype, backend, target, engine_dir)
     pipeline.scheduler = solver
     call = {
         "negative_prompt": negative_prompt,
@@ -233,23 +248,18 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -> None:
     """Options that another one makes meaningless are refused, never ignored."""
-    context = click.get_current_context()
-    idle = {"num_images", "output"} if comparing else {"json_path", "repeats"}
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
     decided = {"ckpt", "base", "cut", "dtype", "backend", "comparing"} if engine_folder else set()
-    for parameter in context.command.params:
-        if parameter.name is None or parameter.name not in idle | decided:
-            continue
-        if context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT:
-            option = parameter.opts[0]
-            if parameter.name in decided:
-                raise click.UsageError(
-                    f"{engine_folder} is one engine folder, so {option} cannot be honoured: leave "
-                    "it out, or give --engine-dir the folder's parent."
-                )
-            raise click.UsageError(
-                f"{option} means nothing {'with' if comparing else 'without'} --compare."
-            )
+    for option in typed_options(decided):
+        raise click.UsageError(
+            f"{engine_folder} is one engine folder, so {option} cannot be honoured: leave it out, "
+            "or give --engine-dir the folder's parent."
+        )
+    idle = {"num_images", "output"} if comparing else {"json_path", "repeats"}
+    for option in typed_options(idle):
+        raise click.UsageError(
+            f"{option} means nothing {'with' if comparing else 'without'} --compare."
+        )
 
 
 def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
@@ -274,7 +284,12 @@ def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -
 
 
 def _open(
-    source: Checkpoint | None, cut: Cut, dtype: str, backend: str, engine_dir: Path
+    source: Checkpoint | None,
+    cut: Cut,
+    dtype: str,
+    backend: str,
+    target: Target | None,
+    engine_dir: Path,
 ) -> "EncachePipeline":
     from encache.runtime.pipeline import EncachePipeline
 
@@ -284,7 +299,7 @@ def _open(
         return EncachePipeline.from_checkpoint(source, cut, dtype)
     if (engine_dir / "model_index.json").exists():  # an engine folder that lost its manifest
         read_manifest(engine_dir)
-    request = Request(source, cut, dtype, backend)
+    request = Request(source, cut, dtype, backend, target)
     if not find_engines(request, engine_dir):
         click.echo(f"Building {request.folder_name} in {engine_dir}, once.", err=True)
     folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))

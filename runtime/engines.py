@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from encache.export.target import Target
 from encache.model.features import Cut, Feature
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ class Engines(Protocol):
         name: of the backend.
         identity: what a picture's metadata says about the engines that made it.
         features: the tensors that cross the cut.
+        target: the sizes that they were compiled for; None if they take any.
         dtype, device: of latents, text embeddings and features.
     """
 
     name: str
     identity: Mapping[str, Any]
     features: tuple[Feature, ...]
+    target: Target | None
     dtype: torch.dtype
     device: torch.device
 
@@ -73,6 +76,7 @@ class TorchEngines:
     """The halves run by PyTorch, straight from the pipeline's own modules."""
 
     name = "torch"
+    target: Target | None = None
 
     def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut) -> None:
         from encache.model.split import SplitUNet

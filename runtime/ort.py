@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from encache.errors import EngineError
-from encache.export.manifest import REBUILD, Manifest, read_verified
+from encache.export.manifest import ONNX, ONNX_WEIGHTS, REBUILD, Manifest, read_verified
+from encache.export.target import Target
 from encache.model.split import blend
 from encache.runtime.engines import TORCH_DTYPES
 
@@ -26,6 +27,7 @@ class OrtEngines:
     """The graphs of an engine folder as ONNX Runtime sessions."""
 
     name = "onnxruntime"
+    target: Target | None = None
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.identity: Mapping[str, Any] = {
@@ -75,10 +77,10 @@ def _open_session(folder: Path, manifest: Manifest, graph: str) -> onnxruntime.I
     # Threads spin within a run, which is fastest, and stop after it: torch and the other sessions
     # need the cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = read_verified(folder, manifest, f"{graph}/model.onnx")
-    weights = read_verified(folder, manifest, f"{graph}/model.onnx.data")
+    model = read_verified(folder, manifest, f"{graph}/{ONNX}")
+    weights = read_verified(folder, manifest, f"{graph}/{ONNX_WEIGHTS}")
     options.add_external_initializers_from_files_in_memory(
-        ["model.onnx.data"], [weights], [len(weights)]
+        [ONNX_WEIGHTS], [weights], [len(weights)]
     )
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -13,9 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encache.errors import EncacheError
+from encache.export.build import Request, build_engines, default_dtype
 from encache.export.manifest import read_manifest
+from encache.export.target import Target
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
-from encache.model.features import DEFAULT_CUT, Cut, ImageSpec
+from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import Blend
 from encache.runtime.engines import TORCH_DTYPES, Engines, TorchEngines
@@ -72,7 +74,8 @@ class EncachePipeline:
         base: str | Path | None = None,
         cut: Cut = DEFAULT_CUT,
         backend: str = "onnxruntime",
-        dtype: str = "fp32",
+        dtype: str | None = None,
+        target: Target | None = None,
         engine_dir: str | Path = "engines",
     ) -> "EncachePipeline":
         """Open a model on a backend, building its engines when they are missing.
@@ -81,19 +84,19 @@ class EncachePipeline:
             model: diffusers folder, hub id, `.safetensors` file, or None for the default model.
             base: what completes a `.safetensors` file.
             cut: where the UNet is cut.
-            backend: "torch" or "onnxruntime".
-            dtype: "fp32" or "fp16".
+            backend: "torch", "onnxruntime", "tensorrt-rtx" or "tensorrt".
+            dtype: "fp32" or "fp16"; by default fp32, and fp16 for TensorRT.
+            target: what to compile TensorRT engines for.
             engine_dir: where engine folders are found and built.
 
         Raises:
             EncacheError: the model or the engines cannot be used.
         """
         checkpoint = find_checkpoint(model, base)
+        dtype = dtype or default_dtype(backend)
         if backend == "torch":
             return cls.from_checkpoint(checkpoint, cut, dtype)
-        from encache.export.build import Request, build_engines
-
-        request = Request(checkpoint, cut=cut, dtype=dtype, backend=backend)
+        request = Request(checkpoint, cut, dtype, backend, target)
         return cls.from_engines(build_engines(request, Path(engine_dir)))
 
     @classmethod
@@ -183,6 +186,12 @@ class EncachePipeline:
         text = text.to(self.engines.device, self.engines.dtype)
         text = text.repeat_interleave(num_images_per_prompt, dim=1)
         noise = self._draw_noise(text.shape[1], height, width, generator, latents)
+        rows = text.shape[0] * text.shape[1]
+        if target := self.engines.target:
+            scale = self.spec.downscale
+            refuse_beyond(target, rows, noise.shape[-2] * scale, noise.shape[-1] * scale)
+            most = target.decode_calls * rows or None
+            max_decode_batch = min(filter(None, (max_decode_batch, most)), default=None)
         plan = make_plan(
             self.scheduler,
             num_inference_steps,
@@ -191,7 +200,7 @@ class EncachePipeline:
             blend=blend,
             prior_noise=prior_noise,
             max_decode_batch=max_decode_batch,
-            rows_per_call=text.shape[0] * text.shape[1],
+            rows_per_call=rows,
         )
         with tqdm(total=plan.num_calls, **self._progress_bar_config) as bar:
 
@@ -306,12 +315,17 @@ class EncachePipeline:
                 )
 
 
-def check_size(*sides: int) -> None:
-    """Raise EncacheError unless every side of a picture is a multiple of 8 pixels."""
-    for side in sides:
-        if side % 8 or side < 8:
+def refuse_beyond(target: Target, rows: int, height: int, width: int) -> None:
+    """Raise EncacheError unless engines for this target take so many rows of this size."""
+    asked = {"rows": rows, "height": height, "width": width}
+    for name, size in asked.items():
+        least, most = getattr(target, name)
+        if not least <= size <= most:
+            span = least if least == most else f"{least} to {most}"
             raise EncacheError(
-                f"Height and width must be multiples of 8, not {side}: try {max(8, side // 8 * 8)}."
+                f"These engines were compiled for {name} {span}, not {size} (rows are pictures, "
+                "times two with guidance). Export them again with another --batch, --height or "
+                "--width, or use --backend onnxruntime."
             )
 
 

@@ -90,6 +90,11 @@ class Plan:
         """Decoder batches per image."""
         return sum(isinstance(step, Decode) for step in self.steps)
 
+    @property
+    def longest_decode(self) -> int:
+        """Most calls in one decoder run."""
+        return max(step.stop - step.start for step in self.steps if isinstance(step, Decode))
+
     def to_json(self) -> str:
         """All numbers of the run, readable by any program."""
         return json.dumps(asdict(self))

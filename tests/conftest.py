@@ -111,9 +111,15 @@ def up2_folder(tmp_path_factory, model_folder):
     return build(model_folder, tmp_path_factory, "up2")
 
 
-def build(model_folder, tmp_path_factory, cut):
+@pytest.fixture(scope="session")
+def fp16_folder(tmp_path_factory, model_folder):
+    """The same in fp16."""
+    return build(model_folder, tmp_path_factory, "up2", "fp16")
+
+
+def build(model_folder, tmp_path_factory, cut, dtype="fp32"):
     from encache.export.build import Request, build_engines
     from encache.model.checkpoint import find_checkpoint
 
-    request = Request(find_checkpoint(model_folder), cut)
+    request = Request(find_checkpoint(model_folder), cut, dtype)
     return build_engines(request, tmp_path_factory.mktemp("engines"))

@@ -4,9 +4,11 @@ import errno
 import logging
 import os
 import warnings
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from encache.errors import EncacheError
 
@@ -37,6 +39,15 @@ class Command(click.Command):
             raise  # click ends quietly when the reader of our output has gone
         except OSError as error:
             raise click.ClickException(_explain(error)) from error
+
+
+def typed_options(names: Collection[str]) -> Iterator[str]:
+    """Which of these parameters of the running command the user gave, as its options are typed."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is not ParameterSource.DEFAULT
+        if parameter.name in names and given:
+            yield parameter.opts[0]
 
 
 def _explain(error: OSError) -> str:

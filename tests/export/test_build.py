@@ -85,14 +85,12 @@ def test_every_other_cut_exports_with_parity(model_folder, tmp_path, cut):
     assert picture.images[0].size == (40, 24)
 
 
-def test_fp16_exports_with_parity(model_folder, up2_folder, tmp_path):
-    request = Request(find_checkpoint(model_folder), "up2", "fp16")
-    folder = build_engines(request, tmp_path)
-    assert 1e-5 < read_manifest(folder).parity["unet_decoder"] < 1e-2
+def test_fp16_exports_with_parity(fp16_folder, up2_folder):
+    assert 1e-5 < read_manifest(fp16_folder).parity["unet_decoder"] < 1e-2
     weights = "unet_decoder/model.onnx.data"
-    halved, whole = ((one / weights).stat().st_size for one in (folder, up2_folder))
+    halved, whole = ((one / weights).stat().st_size for one in (fp16_folder, up2_folder))
     assert halved < 0.7 * whole
-    images = EncachePipeline.from_engines(folder)("red apple", num_inference_steps=4, stride=2)
+    images = EncachePipeline.from_engines(fp16_folder)("red apple", num_inference_steps=4, stride=2)
     assert images.images[0].size == (16, 16)
 
 

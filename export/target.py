@@ -1,0 +1,108 @@
+"""What compiled engines are for: which GPUs, how many rows, which sizes of pictures.
+
+ONNX graphs run anywhere and at any size; TensorRT engines only where and as they were asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from encache.errors import EngineError
+
+#: The smallest and the largest value of a size.
+Span = tuple[int, int]
+
+#: Compute capabilities of the GPUs that TensorRT-RTX compiles for on any machine.
+GPUS = {
+    "rtx-2080": "7.5",
+    "a100": "8.0",
+    "rtx-3090": "8.6",
+    "rtx-4090": "8.9",
+    "rtx-5090": "12.0",
+    "dgx-spark": "12.1",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine folder was compiled for.
+
+    Attributes:
+        library: compiler and version; the same must run the engines.
+        compute_capabilities: of the GPUs, such as "8.9".
+        rows: of the UNet: pictures at once, times two with guidance.
+        decode_calls: most calls in one run of the decoder; 0 at the cut "out", which has none.
+        height, width: of the pictures, in pixels.
+    """
+
+    library: str
+    compute_capabilities: tuple[str, ...]
+    rows: Span
+    decode_calls: int
+    height: Span
+    width: Span
+
+    def covers(self, wanted: "Target") -> bool:
+        """Whether engines for this target also serve the wanted one."""
+        spans = zip(self._spans, wanted._spans, strict=True)
+        return (
+            self.library == wanted.library
+            and set(wanted.compute_capabilities) <= set(self.compute_capabilities)
+            and all(ours[0] <= theirs[0] and theirs[1] <= ours[1] for ours, theirs in spans)
+        )
+
+    @property
+    def _spans(self) -> tuple[Span, ...]:
+        return (self.rows, (-self.decode_calls, 0), self.height, self.width)
+
+
+def parse_span(text: str) -> Span:
+    """Read "512" or "512:768".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(":")]
+    if len(numbers) > 2 or not 1 <= numbers[0] <= numbers[-1]:
+        raise ValueError(f"{text!r} is neither a number like 512 nor a span like 512:768.")
+    return numbers[0], numbers[-1]
+
+
+def resolve_compute_capabilities(
+    backend: str, gpus: Sequence[str], numbers: Sequence[str]
+) -> tuple[str, ...]:
+    """The compute capabilities of named GPUs and plain numbers; of this machine's GPU if none are.
+
+    Raises:
+        EngineError: there is no GPU, or the backend cannot compile for what is asked.
+    """
+    named = {*(GPUS[gpu] for gpu in gpus), *numbers}
+    if backend == "tensorrt":
+        if named:
+            raise EngineError(
+                "Standard TensorRT compiles on the GPU that runs the engine, so no other can be "
+                "named. Leave it out there, or use --backend tensorrt-rtx."
+            )
+        return (local_compute_capability(),)
+    named = named or {local_compute_capability()}
+    if unknown := sorted(named - set(GPUS.values())):
+        raise EngineError(
+            f"TensorRT-RTX compiles for compute capability {', '.join(GPUS.values())}, not for "
+            f"{', '.join(unknown)}. Try --backend tensorrt on that GPU."
+        )
+    return tuple(sorted(named, key=float))
+
+
+def local_compute_capability() -> str:
+    """Of this machine's GPU.
+
+    Raises:
+        EngineError: there is none that PyTorch can use.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EngineError(
+            "PyTorch finds no NVIDIA GPU and driver here. Run engines on the machine that has "
+            "them; to compile for it from here, name it, as --backend tensorrt-rtx --gpu rtx-4090."
+        )
+    return ".".join(map(str, torch.cuda.get_device_capability()))

@@ -1,0 +1,152 @@
+"""From an ONNX graph to a TensorRT engine, by TensorRT-RTX or by standard TensorRT.
+
+TensorRT-RTX compiles for named GPUs on any machine, also without one, and finishes each engine on
+its GPU when it is first loaded. Standard TensorRT compiles on the GPU that will run the engine.
+Both are strongly typed: the precision is the graph's.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from encache.errors import EngineError
+from encache.export.graphs import Graph, flatten
+from encache.export.library import describe_library, load_library
+from encache.export.target import Span, Target
+from encache.model.features import ImageSpec
+
+#: Smallest, preferred and largest shape of an input.
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+#: Ring slots that one blend or another uses; two is the default's.
+_SLOTS: Span = (1, 3)
+_PREFERRED_SLOTS = 2
+
+
+def profile(graph: Graph, target: Target, spec: ImageSpec) -> dict[str, Shapes]:
+    """Smallest, preferred and largest shape of each of the graph's inputs.
+
+    The largest sizes are preferred: they are what the engines are asked for.
+    """
+    # Negative prompts are encoded apart, and one may serve all; pictures are decoded one by one.
+    rows = {"text_encoder": (1, target.rows[1]), "vae_decoder": (1, 1)}
+    spans: dict[str, Span] = {
+        "B": rows.get(graph.name, target.rows),
+        "K": (1, target.decode_calls),
+        "M": _SLOTS,
+        "h": (target.height[0] // spec.downscale, target.height[1] // spec.downscale),
+        "w": (target.width[0] // spec.downscale, target.width[1] // spec.downscale),
+    }
+    smallest, largest = ({name: span[end] for name, span in spans.items()} for end in (0, 1))
+    wanted = (smallest, {**largest, "M": _PREFERRED_SLOTS}, largest)
+    drawn = [flatten(graph.draw(torch.Generator(), sizes)) for sizes in wanted]
+    shapes = zip(*([tuple(one.shape) for one in tensors] for tensors in drawn), strict=True)
+    return dict(zip(graph.inputs, shapes, strict=True))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An engine's bytes, and how many bytes of scratch memory it needs at its largest sizes."""
+
+    engine: Any  # a buffer of the library's, not copied
+    scratch_bytes: int
+
+
+class Compiler:
+    """One ONNX graph in a TensorRT library.
+
+    Attributes:
+        network: the library's own reading of the graph.
+
+    Raises:
+        EngineError: the library is missing, or does not know something in the graph.
+    """
+
+    def __init__(self, backend: str, path: Path) -> None:
+        self._library = load_library(backend)
+        self._name = f"{describe_library(backend)} cannot"
+        self._logger = _make_logger(self._library)
+        self._builder = self._library.Builder(self._logger)
+        flag = self._library.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        self.network = self._builder.create_network(1 << int(flag))
+        # The network refers to weights that the parser holds.
+        self._parser = self._library.OnnxParser(self.network, self._logger)
+        if not self._parser.parse_from_file(str(path)):
+            errors = map(self._parser.get_error, range(self._parser.num_errors))
+            reasons = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors)
+            raise EngineError(f"{self._name} read {path}: {reasons}")
+        self._let_attention_decompose()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The network's inputs by name."""
+        tensors = map(self.network.get_input, range(self.network.num_inputs))
+        return {tensor.name: tensor for tensor in tensors}
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """The network's outputs by name."""
+        tensors = map(self.network.get_output, range(self.network.num_outputs))
+        return {tensor.name: tensor for tensor in tensors}
+
+    def compile(
+        self, shapes: Mapping[str, Shapes], compute_capabilities: Sequence[str] = ()
+    ) -> Compiled:
+        """Compile for these shapes.
+
+        Args:
+            shapes: of each input.
+            compute_capabilities: of GPUs that need not be there, with TensorRT-RTX alone; without
+                any, this machine's GPU is compiled for.
+
+        Raises:
+            EngineError: the library gives up; the message has its reason.
+        """
+        config = self._builder.create_builder_config()
+        if compute_capabilities:
+            config.num_compute_capabilities = len(compute_capabilities)
+            for index, number in enumerate(compute_capabilities):
+                member = f"SM{number.replace('.', '')}"
+                config.set_compute_capability(
+                    getattr(self._library.ComputeCapability, member), index
+                )
+        # All memory then comes from the caller, without which no CUDA graph can be captured.
+        if hasattr(self._library.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            config.set_flag(self._library.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        optimization = self._builder.create_optimization_profile()
+        for name in self.inputs:
+            optimization.set_shape(name, *shapes[name])
+        config.add_optimization_profile(optimization)
+        engine = self._builder.build_serialized_network(self.network, config)
+        if engine is None:
+            raise EngineError(f"{self._name} compile the graph: {self._logger.complaint}.")
+        return Compiled(engine, self._logger.scratch_bytes)
+
+    def _let_attention_decompose(self) -> None:
+        """Where no fused kernel fits: the autoencoder's wide head at free sizes, or fp32."""
+        for index in range(self.network.num_layers):
+            layer = self.network.get_layer(index)
+            if layer.type == self._library.LayerType.ATTENTION_INPUT:
+                layer.__class__ = self._library.IAttentionInputLayer  # the binding's way to cast
+                layer.attention.decomposable = True
+
+
+def _make_logger(library: Any) -> Any:
+    """A logger that keeps what the library says only there: scratch memory, and why it gave up."""
+
+    class Logger(library.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.complaint = "it does not say why"
+            self.scratch_bytes = 0
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR):
+                self.complaint = message.strip().rstrip(".")
+            if found := re.match(r"Total Activation Memory: (\d+) bytes", message):
+                self.scratch_bytes = int(found[1])
+
+    return Logger()
