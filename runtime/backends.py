@@ -23,13 +23,13 @@ def load_engines(folder: Path, manifest: Manifest) -> Engines:
     """
     backend = manifest.identity.backend
     if backend == "onnxruntime":
-        from encache.runtime.ort import OrtEngines
+        from encache.runtime.ort import open_onnxruntime
 
-        return OrtEngines(folder, manifest)
+        return open_onnxruntime(folder, manifest)
     if backend in TENSORRT_BACKENDS:
-        from encache.runtime.trt import TensorRTEngines
+        from encache.runtime.trt import open_tensorrt
 
-        return TensorRTEngines(folder, manifest)
+        return open_tensorrt(folder, manifest)
     raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
 
 

@@ -1,13 +1,16 @@
-"""What a backend does for the sampler, and the PyTorch backend that the others are held against."""
+"""What a backend does for the sampler: by an engine folder's graphs, or by PyTorch itself."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from encache.export.manifest import Manifest
 from encache.export.target import Target
 from encache.model.features import Cut, Feature
+from encache.model.split import SplitUNet, blend
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -26,6 +29,7 @@ class Engines(Protocol):
         name: of the backend.
         identity: what a picture's metadata says about the engines that made it.
         features: the tensors that cross the cut.
+        capturable: whether its runs may be part of a CUDA graph.
         target: the sizes that they were compiled for; None if they take any.
         dtype, device: of latents, text embeddings and features.
     """
@@ -33,6 +37,7 @@ class Engines(Protocol):
     name: str
     identity: Mapping[str, Any]
     features: tuple[Feature, ...]
+    capturable: bool
     target: Target | None
     dtype: torch.dtype
     device: torch.device
@@ -72,6 +77,76 @@ def allocate_ring(
     ]
 
 
+class Graph(Protocol):
+    """One graph of an engine folder, ready to run."""
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Compute the outputs into the given tensors, in the order of the current stream."""
+
+    def width_of(self, output: str) -> int:
+        """The last dimension of an output."""
+
+
+class GraphEngines:
+    """The graphs of an engine folder, whatever library runs them.
+
+    Args:
+        manifest: of the folder.
+        graphs: the folder's, by name.
+        device: where their inputs and outputs are.
+        capturable: see `Engines`.
+    """
+
+    def __init__(
+        self, manifest: Manifest, graphs: Mapping[str, Graph], device: str, capturable: bool
+    ) -> None:
+        identity = manifest.identity
+        self.name = identity.backend
+        self.identity: Mapping[str, Any] = {"key": identity.key, **asdict(identity)}
+        self.features = manifest.features
+        self.target = identity.target
+        self.dtype = TORCH_DTYPES[identity.dtype]
+        self.device = torch.device(device)
+        self.capturable = capturable
+        self._spec = manifest.spec
+        self._graphs = graphs
+
+    def encode(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, ring: Sequence[Tensor], slot: int
+    ) -> None:
+        inputs = {"latents": latents, "timestep": timestep, "text": text}
+        self._graphs["unet_encoder"].run(inputs, self._by_name([one[slot] for one in ring]))
+
+    def decode(
+        self, ring: Sequence[Tensor], weights: Tensor, timesteps: Tensor, text: Tensor
+    ) -> Tensor:
+        if "unet_decoder" not in self._graphs:  # the cut "out" leaves the blend alone
+            return blend(weights, ring[0])
+        inputs = {"weights": weights, "timesteps": timesteps, "text": text}
+        noise = self._empty(len(weights) * len(text), self._spec.channels, *ring[0].shape[-2:])
+        self._graphs["unet_decoder"].run({**self._by_name(ring), **inputs}, {"noise": noise})
+        return noise
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        graph = self._graphs["text_encoder"]
+        text = self._empty(*token_ids.shape, graph.width_of("text"))
+        graph.run({"token_ids": token_ids.to(self.device)}, {"text": text})
+        return text
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        batch, _, *size = latents.shape
+        picture = self._empty(batch, 3, *(side * self._spec.downscale for side in size))
+        inputs = {"latents": latents.to(self.dtype)}
+        self._graphs["vae_decoder"].run(inputs, {"picture": picture})
+        return picture
+
+    def _by_name(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((one.name for one in self.features), tensors, strict=True))
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
 class TorchEngines:
     """The halves run by PyTorch, straight from the pipeline's own modules."""
 
@@ -79,8 +154,6 @@ class TorchEngines:
     target: Target | None = None
 
     def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut) -> None:
-        from encache.model.split import SplitUNet
-
         split = SplitUNet(pipeline.unet, cut)
         self.identity: Mapping[str, Any] = {
             "backend": self.name,
@@ -90,6 +163,7 @@ class TorchEngines:
         self.features = split.features
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
+        self.capturable = self.device.type == "cuda"
         self._split = split
         self._pipeline = pipeline
 

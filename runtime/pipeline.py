@@ -21,8 +21,9 @@ from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import Blend
 from encache.runtime.engines import TORCH_DTYPES, Engines, TorchEngines
-from encache.runtime.plan import Decode, make_plan
-from encache.runtime.sampler import Guide, sample
+from encache.runtime.plan import Decode, Plan, make_plan
+from encache.runtime.replay import Replay
+from encache.runtime.sampler import Guide, Sampling
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -40,7 +41,8 @@ class EncachePipeline:
     """Stable Diffusion text-to-image with cached encoder features.
 
     Called like diffusers' StableDiffusionPipeline, with the caching policy as further arguments.
-    A pipeline keeps no state between calls except its engines and its scheduler.
+    A pipeline keeps no state between calls except its engines and its scheduler, and on a GPU the
+    buffers and the CUDA graph of its last call: there, one thread at a time may call it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class EncachePipeline:
         self.spec = spec
         self.image_processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
         self._progress_bar_config: dict[str, Any] = {}
+        self._kept: tuple[Any, tuple[Sampling, Replay]] | None = None
 
     @classmethod
     def from_pipe(
@@ -101,10 +104,11 @@ class EncachePipeline:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, cut: Cut, dtype: str) -> "EncachePipeline":
-        """Load a checkpoint that was found already into PyTorch, "fp32" or "fp16"."""
+        """Load a checkpoint into PyTorch, "fp32" or "fp16", on the GPU if there is one."""
         if dtype not in TORCH_DTYPES:
             raise EncacheError(f"There is no {dtype!r}. Choose one of {', '.join(TORCH_DTYPES)}.")
-        return cls.from_pipe(load_pipeline(checkpoint, TORCH_DTYPES[dtype]), cut)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls.from_pipe(load_pipeline(checkpoint, TORCH_DTYPES[dtype]).to(device), cut)
 
     @classmethod
     def from_single_file(cls, path: str | Path, **options: Any) -> "EncachePipeline":
@@ -209,18 +213,35 @@ class EncachePipeline:
                 if callback_on_step_end:
                     self._call_back(callback_on_step_end, step, latents_before)
 
-            result = sample(
-                plan,
-                self.engines,
-                noise,
-                text.flatten(0, 1),
-                make_guide(guidance_scale if guided else None, guidance_rescale),
-                on_decoded,
-            )
+            guidance = (guidance_scale if guided else None, guidance_rescale)
+            sampling, replay = self._prepare(plan, noise.shape, text.shape, guidance)
+            if replay and not callback_on_step_end:
+                result = replay(noise, text.flatten(0, 1))
+                bar.update(plan.num_calls)
+            else:
+                result = sampling.run(noise, text.flatten(0, 1), on_decoded)
         images = self.decode(result, output_type)
         if not return_dict:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
+
+    def _prepare(
+        self,
+        plan: Plan,
+        noise_shape: Sequence[int],
+        text_shape: Sequence[int],
+        guidance: tuple[float | None, float],
+    ) -> tuple[Sampling, Replay | None]:
+        """A plan's buffers; where CUDA graphs are possible, kept with one for the next call."""
+        key = (plan, tuple(noise_shape), tuple(text_shape), guidance)
+        if self._kept and self._kept[0] == key:
+            return self._kept[1]
+        self._kept = None  # frees its memory first
+        sampling = Sampling(plan, self.engines, noise_shape, text_shape[0], make_guide(*guidance))
+        if not self.engines.capturable:
+            return sampling, None
+        self._kept = (key, (sampling, Replay(sampling.run)))
+        return self._kept[1]
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent height and width of a picture's, which default to the model's own."""

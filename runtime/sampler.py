@@ -1,6 +1,6 @@
 """The sampling loop: execute a plan over an engine pair."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,51 +14,70 @@ Guide = Callable[[Tensor], Tensor]
 OnDecoded = Callable[[Decode, Callable[[int], Tensor]], None]
 
 
-@torch.inference_mode()
-def sample(
-    plan: Plan,
-    engines: Engines,
-    noise: Tensor,
-    text: Tensor,
-    guide: Guide,
-    on_decoded: OnDecoded | None = None,
-) -> Tensor:
-    """Turn unit noise into latents.
+class Sampling:
+    """A plan with its buffers and numbers on the engines' device, for one batch and size.
+
+    A run reads nothing back and allocates no lasting memory, so that a GPU never waits for the
+    host and a whole run can be captured as one CUDA graph.
 
     Args:
         plan: what to run, in which order, with which numbers.
         engines: the engine pair that runs it.
-        noise: z, one per image [n, 4, h, w], float32.
-        text: text embeddings [G * n, L, D]; G is 2 with guidance (negative first), 1 without.
+        shape: of the noise (n, 4, h, w).
+        num_guided: G, 2 with guidance and 1 without.
         guide: see `Guide`.
-        on_decoded: for progress and callbacks; it may raise to stop.
-
-    Returns:
-        Latents [n, 4, h, w], float32.
     """
-    num_images, *shape = noise.shape
-    num_guided = len(text) // num_images
-    ring = allocate_ring(engines, plan.num_slots, len(text), *shape[1:])
-    # The history (z, eps_0, ..., eps_{N-1}); the plan's rows are coefficients over it.
-    history = noise.new_zeros(plan.num_calls + 1, *noise.shape)
-    history[0] = noise
-    samples = noise.new_tensor(plan.samples)
 
-    def latents_before(call: int) -> Tensor:
-        return torch.tensordot(samples[call, : call + 1], history[: call + 1], 1)
+    def __init__(
+        self, plan: Plan, engines: Engines, shape: Sequence[int], num_guided: int, guide: Guide
+    ) -> None:
+        self._engines = engines
+        self._num_guided = num_guided
+        self._guide = guide
+        self._ring = allocate_ring(engines, plan.num_slots, num_guided * shape[0], *shape[2:])
+        # The history (z, eps_0, ..., eps_{N-1}); the plan's rows are coefficients over it.
+        self._history = torch.zeros(plan.num_calls + 1, *shape, device=engines.device)
+        self._samples = self._place(plan.samples)
+        self._num_calls = plan.num_calls
+        self._steps = [
+            (step, self._place(step.row[: step.call + 1]), self._place([step.timestep]))
+            if isinstance(step, Encode)
+            else (step, self._place(step.weights), self._place(step.timesteps))
+            for step in plan.steps
+        ]
 
-    for step in plan.steps:
-        if isinstance(step, Encode):
-            row = noise.new_tensor(step.row[: step.call + 1])
-            latents = torch.tensordot(row, history[: step.call + 1], 1).to(engines.dtype)
-            latents = latents.repeat(num_guided, 1, 1, 1)
-            timestep = noise.new_tensor([step.timestep])
-            engines.encode(latents, timestep, text, ring, step.slot)
-        else:
-            weights, timesteps = noise.new_tensor(step.weights), noise.new_tensor(step.timesteps)
-            predicted = engines.decode(ring, weights, timesteps, text)
-            predicted = predicted.view(len(timesteps), num_guided, *noise.shape)
-            history[step.start + 1 : step.stop + 1] = guide(predicted)
-            if on_decoded:
-                on_decoded(step, latents_before)
-    return latents_before(plan.num_calls)
+    @torch.inference_mode()
+    def run(self, noise: Tensor, text: Tensor, on_decoded: OnDecoded | None = None) -> Tensor:
+        """Turn unit noise into latents.
+
+        Args:
+            noise: z, one per image [n, 4, h, w], float32.
+            text: text embeddings [G * n, L, D], negative ones first.
+            on_decoded: for progress and callbacks; it may raise to stop.
+
+        Returns:
+            Latents [n, 4, h, w], float32.
+        """
+        # What another run left is multiplied by zero, and 0 * NaN is NaN.
+        for buffer in (self._history, *self._ring):
+            buffer.zero_()
+        self._history[0] = noise
+        for step, numbers, timesteps in self._steps:
+            if isinstance(step, Encode):
+                latents = torch.tensordot(numbers, self._history[: step.call + 1], 1)
+                latents = latents.to(self._engines.dtype).repeat(self._num_guided, 1, 1, 1)
+                self._engines.encode(latents, timesteps, text, self._ring, step.slot)
+            else:
+                predicted = self._engines.decode(self._ring, numbers, timesteps, text)
+                predicted = predicted.float().view(len(timesteps), self._num_guided, *noise.shape)
+                self._history[step.start + 1 : step.stop + 1] = self._guide(predicted)
+                if on_decoded:
+                    on_decoded(step, self._latents_before)
+        return self._latents_before(self._num_calls)
+
+    def _latents_before(self, call: int) -> Tensor:
+        row = self._samples[call, : call + 1]
+        return torch.tensordot(row, self._history[: call + 1], 1)
+
+    def _place(self, numbers: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float32, device=self._engines.device)

@@ -1,8 +1,7 @@
 """The TensorRT backends: engines that share one scratch memory and run on the current stream."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +12,28 @@ from encache.errors import EngineError
 from encache.export.library import describe_library, load_library
 from encache.export.manifest import ENGINE, REBUILD, Identity, Manifest, read_verified
 from encache.export.target import local_compute_capability
-from encache.model.split import blend
-from encache.runtime.engines import TORCH_DTYPES
+from encache.runtime.engines import GraphEngines
 from encache.runtime.files import write_atomically
 
 
-class TensorRTEngines:
-    """The engines of a folder on this machine's GPU.
-
-    They run one after another, so one block of memory serves all of them.
+def open_tensorrt(folder: Path, manifest: Manifest) -> GraphEngines:
+    """Open a folder's engines on this machine's GPU.
 
     Raises:
         EngineError: they were compiled for another GPU or another version of the library, there is
-            no GPU, or its memory does not suffice.
+            no GPU, its memory does not suffice, or a file was altered.
     """
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        identity = manifest.identity
-        refuse_elsewhere(folder, identity)
-        self.name = identity.backend
-        self.identity: Mapping[str, Any] = {"key": identity.key, **asdict(identity)}
-        self.target = identity.target
-        self.features = manifest.features
-        self.spec = manifest.spec
-        self.dtype = TORCH_DTYPES[identity.dtype]
-        self.device = torch.device("cuda")
-        _refuse_too_little_memory(folder, manifest)
-        library = load_library(identity.backend)
-        self._runtime = library.Runtime(library.Logger(library.Logger.ERROR))
-        self._engines = {
-            name: _Engine(library, self._runtime, folder, manifest, name)
-            for name in manifest.parity
-        }
-        most = max(one.scratch_bytes for one in self._engines.values())
-        self._scratch = torch.empty(most, dtype=torch.uint8, device=self.device)
-        for engine in self._engines.values():
-            engine.use_scratch(self._scratch)
-
-    def encode(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, ring: Sequence[Tensor], slot: int
-    ) -> None:
-        inputs = {"latents": latents, "timestep": timestep, "text": text}
-        slots = (tensor[slot] for tensor in ring)
-        names = (feature.name for feature in self.features)
-        self._engines["unet_encoder"].run(inputs, dict(zip(names, slots, strict=True)))
-
-    def decode(
-        self, ring: Sequence[Tensor], weights: Tensor, timesteps: Tensor, text: Tensor
-    ) -> Tensor:
-        if "unet_decoder" not in self._engines:  # the cut "out"
-            return blend(weights, ring[0])
-        names = (feature.name for feature in self.features)
-        inputs = dict(zip(names, ring, strict=True))
-        inputs |= {"weights": weights, "timesteps": timesteps, "text": text}
-        rows = len(weights) * len(text)
-        noise = self._empty(rows, self.spec.channels, *ring[0].shape[-2:])
-        self._engines["unet_decoder"].run(inputs, {"noise": noise})
-        return noise
-
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        text = self._empty(*token_ids.shape, self._engines["text_encoder"].width_of("text"))
-        self._engines["text_encoder"].run({"token_ids": token_ids.to(self.device)}, {"text": text})
-        return text
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        batch, _, height, width = latents.shape
-        scale = self.spec.downscale
-        picture = self._empty(batch, 3, height * scale, width * scale)
-        self._engines["vae_decoder"].run({"latents": latents.to(self.dtype)}, {"picture": picture})
-        return picture
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    refuse_elsewhere(folder, manifest.identity)
+    _refuse_too_little_memory(folder, manifest)
+    library = load_library(manifest.identity.backend)
+    runtime = library.Runtime(library.Logger(library.Logger.ERROR))
+    engines = {name: _Engine(runtime, folder, manifest, name) for name in manifest.parity}
+    # They run one after another, so one block of memory serves all of them.
+    most = max(one.scratch_bytes for one in engines.values())
+    scratch = torch.empty(most, dtype=torch.uint8, device="cuda")
+    for engine in engines.values():
+        engine.use_scratch(scratch)
+    return GraphEngines(manifest, engines, "cuda", capturable=True)
 
 
 def refuse_elsewhere(folder: Path, identity: Identity) -> None:
@@ -126,10 +75,9 @@ class _Engine:
     beside the folder, for the next time.
     """
 
-    def __init__(
-        self, library: Any, runtime: Any, folder: Path, manifest: Manifest, graph: str
-    ) -> None:
-        self._library = library
+    def __init__(self, runtime: Any, folder: Path, manifest: Manifest, graph: str) -> None:
+        self._library = load_library(manifest.identity.backend)
+        self._runtime = runtime  # must outlive what it opened
         self._graph = graph
         content = read_verified(folder, manifest, f"{graph}/{ENGINE}")
         self._engine = runtime.deserialize_cuda_engine(content)
@@ -146,15 +94,16 @@ class _Engine:
         return self._engine.device_memory_size_v2
 
     def use_scratch(self, scratch: Tensor) -> None:
-        """Run in this memory, which must outlive the engine."""
+        """Run in this memory from now on."""
+        self._scratch = scratch
         self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
 
-    def width_of(self, name: str) -> int:
-        """The last dimension of a tensor."""
-        return self._engine.get_tensor_shape(name)[-1]
+    def width_of(self, output: str) -> int:
+        """The last dimension of an output."""
+        return self._engine.get_tensor_shape(output)[-1]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Enqueue a run on the current stream; inputs must live until it is done.
+        """Compute the outputs into the given tensors, in the order of the current stream.
 
         Raises:
             EngineError: a shape was not compiled for.

@@ -6,11 +6,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from encache.errors import EncacheError
+from encache.export.target import Target
 from encache.model.features import CUTS
 from encache.runtime.blend import BLENDS
-from encache.runtime.pipeline import EncachePipeline
-from encache.runtime.plan import PAPER_KEY_CALLS
-from tests.conftest import make_pipeline
+from encache.runtime.engines import TorchEngines
+from encache.runtime.pipeline import EncachePipeline, make_guide
+from encache.runtime.plan import PAPER_KEY_CALLS, make_plan
+from encache.runtime.sampler import Sampling
+from tests.conftest import TEXT_WIDTH, make_pipeline
 from tests.runtime.solvers import NAMES, solver
 
 STEPS = 10
@@ -291,3 +294,35 @@ def test_from_pretrained_builds_and_opens(model_folder, engine_folder, pipeline)
         assert_close(latents(ours, stride=1), latents(pipeline), 1e-3)
     ours = EncachePipeline.from_single_file(model_folder, backend="torch", cut="mid")
     assert_close(latents(ours, stride=1), latents(pipeline))
+
+
+def test_a_run_leaves_nothing_to_the_next(pipeline):
+    engines = TorchEngines(pipeline, "up2")
+    plan = make_plan(pipeline.scheduler, STEPS, stride=3)
+    text = torch.randn(2, 16, TEXT_WIDTH, generator=generator())
+    noise = torch.randn(1, 4, 8, 8, generator=generator())
+    sampling = Sampling(plan, engines, noise.shape, 2, make_guide(7.5))
+    first = sampling.run(noise, text)
+    assert sampling.run(noise * torch.nan, text).isnan().all()
+    assert_close(sampling.run(noise, text), first, 1e-6)
+
+
+def test_compiled_engines_bound_what_may_be_asked(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
+    expected = latents(ours, stride=5)
+    ours.engines.target = Target("any", ("8.9",), (2, 2), 2, (16, 16), (16, 24))
+    batches = []
+    decode = ours.engines.decode
+    ours.engines.decode = lambda ring, weights, *more: (
+        batches.append(len(weights)) or decode(ring, weights, *more)
+    )
+    assert_close(latents(ours, stride=5), expected)
+    assert batches == [2, 2, 1, 2, 2, 1]
+    for changes, word in [
+        ({"guidance_scale": 1.0}, "rows 2, not 1"),
+        ({"num_images_per_prompt": 2}, "rows 2, not 4"),
+        ({"height": 24}, "height 16, not 24"),
+        ({"width": 32}, "width 16 to 24, not 32"),
+    ]:
+        with pytest.raises(EncacheError, match=word):
+            latents(ours, **changes)
