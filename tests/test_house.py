@@ -39,6 +39,7 @@ def test_every_module_can_be_imported():
     [
         "encache",
         "encache.export.cli",
+        "encache.runtime.bench_cli",
         "encache.runtime.cli",
         "encache.train.cli",
         "encache.evaluate.cli",

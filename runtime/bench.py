@@ -1,0 +1,215 @@
+"""Measure what a picture costs: contenders interleaved, build and warm-up apart, medians."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from encache.runtime.contenders import Contender
+from encache.runtime.pipeline import EncachePipeline
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one batch size.
+
+    Attributes:
+        backend, sampling: see `Contender`.
+        batch: pictures at once.
+        seconds: median of a batch, from prompt to pixels.
+        spread: the fastest and the slowest.
+        pictures_per_second: by the median.
+        speed: of a picture, against the first contender's at batch 1.
+        gflop: counted arithmetic of the UNet per picture.
+        tflops: arithmetic per second of the whole, text encoder and image decoder included in the
+            time alone.
+        share_of_peak: `tflops` over what one large matrix product reaches here.
+        parts: seconds of a batch inside "encode_text", "encode", "decode", "decode_latents", and
+            "outside" them, where engines are run.
+        peak_bytes: PyTorch's GPU memory at most, the weights of all contenders included.
+    """
+
+    backend: str
+    sampling: str
+    batch: int
+    seconds: float
+    spread: tuple[float, float]
+    pictures_per_second: float
+    speed: float
+    gflop: float | None
+    tflops: float | None
+    share_of_peak: float | None
+    parts: dict[str, float] | None
+    peak_bytes: int | None
+
+
+def measure(
+    contenders: Sequence[Contender],
+    noises: Sequence[Tensor],
+    batches: Sequence[int],
+    peak_tflops: float,
+) -> list[Row]:
+    """Time every contender, all of them once per repetition.
+
+    Args:
+        contenders: the first is what speeds are ratios to.
+        noises: one per repetition [n, 4, h, w], of which a batch takes as many as it needs.
+        batches: how many pictures at once.
+        peak_tflops: of one large matrix product here.
+    """
+    rows: list[Row] = []
+    for batch in batches:
+        peaks: list[int | None] = []
+        for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
+            _reset_peak()
+            for _ in range(3):  # allocates, captures, replays
+                _timed(one, noises[0][:batch])
+            peaks.append(_peak())
+        seconds: list[list[float]] = [[] for _ in contenders]
+        for noise in tqdm(noises, desc=f"measure, batch {batch}"):
+            for one, times in zip(contenders, seconds, strict=True):
+                times.append(_timed(one, noise[:batch]))
+        for one, times, peak in zip(contenders, seconds, peaks, strict=True):
+            median = statistics.median(times)
+            per_picture = median / batch
+            baseline = rows[0].seconds / rows[0].batch if rows else per_picture
+            tflops = one.gflop / per_picture / 1e3 if one.gflop else None
+            rows.append(
+                Row(
+                    backend=one.backend,
+                    sampling=one.sampling,
+                    batch=batch,
+                    seconds=median,
+                    spread=(min(times), max(times)),
+                    pictures_per_second=1 / per_picture,
+                    speed=baseline / per_picture,
+                    gflop=one.gflop,
+                    tflops=tflops,
+                    share_of_peak=tflops / peak_tflops if tflops else None,
+                    parts=_parts(one, noises[0][:batch], median),
+                    peak_bytes=peak,
+                )
+            )
+    return rows
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text, speeds as ratios to the first."""
+    header = f"{'':50}{'batch':>6}{'s':>9}{'pictures/s':>12}{'speed':>8}{'GFLOP':>9}{'TFLOP/s':>9}"
+    lines = [header + f"{'of peak':>9}{'outside':>9}"]
+    for row in rows:
+        outside = row.parts["outside"] / row.seconds if row.parts else None
+        lines.append(
+            f"{row.backend + ', ' + row.sampling:50}{row.batch:6d}{row.seconds:9.3f}"
+            f"{row.pictures_per_second:12.2f}{row.speed:7.2f}x"
+            f"{_cell(row.gflop, '9.1f')}{_cell(row.tflops, '9.2f')}"
+            f"{_cell(row.share_of_peak, '9.1%')}{_cell(outside, '9.1%')}"
+        )
+    lines.append(
+        "Medians, all contenders taking turns after warm-up; GFLOP of the UNet per picture; peak: "
+        "one large matrix product here; outside: time in no engine."
+    )
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'-':>9}" if value is None else f"{value:{form}}"
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of one large matrix product, the best of several: the practical ceiling here."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = _now()
+        a @ b
+        best = min(best, _now() - start)
+    return 2 * size**3 / best / 1e12
+
+
+class TimedEngines:
+    """Engines that note the seconds spent in each of their methods, on the device's own clock."""
+
+    capturable = False  # a replayed graph shows nothing of its inside
+
+    def __init__(self, engines: Any) -> None:
+        self._engines = engines
+        self._marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._engines, name)
+        if not callable(attribute):
+            return attribute
+
+        def timed(*arguments: Any) -> Any:
+            start = _mark()
+            result = attribute(*arguments)
+            self._marks[name].append((start, _mark()))
+            return result
+
+        return timed
+
+    def seconds(self) -> dict[str, float]:
+        """By method."""
+        _now()
+        return {
+            name: sum(_between(start, stop) for start, stop in marks)
+            for name, marks in self._marks.items()
+        }
+
+
+def _parts(contender: Contender, noise: Tensor, total: float) -> dict[str, float] | None:
+    """Where a batch's `total` seconds go; what no engine spends is "outside"."""
+    pipeline = contender.pipeline
+    if pipeline is None or contender.call is None:
+        return None
+    engines = TimedEngines(pipeline.engines)
+    watched = EncachePipeline(engines, pipeline.tokenizer, pipeline.scheduler, pipeline.spec)
+    watched.set_progress_bar_config(disable=True)
+    start = _now()
+    watched(latents=noise, num_images_per_prompt=len(noise), **contender.call)
+    total = min(total, _now() - start)
+    inside = engines.seconds()
+    return {**inside, "outside": total - sum(inside.values())}
+
+
+def _timed(contender: Contender, noise: Tensor) -> float:
+    with contender.patch():
+        start = _now()
+        contender.draw(noise)
+        return _now() - start
+
+
+def _now() -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _mark() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, stop: Any) -> float:
+    return stop - start if isinstance(start, float) else start.elapsed_time(stop) / 1e3
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

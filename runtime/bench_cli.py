@@ -1,0 +1,160 @@
+"""`encache-bench`: what a picture costs here, beside what a user would pick instead."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from encache.command import Command
+from encache.export.build import BACKENDS, DTYPES, Request, build_engines
+from encache.export.library import TENSORRT_BACKENDS, describe_library
+from encache.export.target import Target, local_compute_capability
+from encache.model.checkpoint import default_picture_size, find_checkpoint, load_pipeline
+from encache.model.features import CUTS, Cut, check_size
+
+
+@click.command(cls=Command)
+@click.option("--ckpt", help="As for encache-export. Default: the model that ships with encache.")
+@click.option("--base", help="As for encache-export.")
+@click.option(
+    "--sd15-shape",
+    is_flag=True,
+    help="Stable Diffusion v1.5 with random weights, written to the engine folder (2 GB), instead.",
+)
+@click.option(
+    "--backend",
+    "backends",
+    type=click.Choice(("torch", *BACKENDS)),
+    multiple=True,
+    default=("torch", "onnxruntime"),
+    show_default=True,
+)
+@click.option(
+    "--cut",
+    "cuts",
+    type=click.Choice(CUTS),
+    multiple=True,
+    default=("mid", "up2", "out"),
+    show_default=True,
+)
+@click.option(
+    "--stride",
+    "strides",
+    type=click.IntRange(2),
+    multiple=True,
+    default=(3, 5, 10, 20),
+    show_default=True,
+)
+@click.option("--paper", is_flag=True, help="Also Faster Diffusion's key calls.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Pictures at once; repeatable.",
+)
+@click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: fp16 on a GPU, else fp32.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--compile", "compiling", is_flag=True, help="Also diffusers with torch.compile.")
+@click.option(
+    "--engine-dir", type=click.Path(path_type=Path), default=Path("engines"), show_default=True
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the rows.")
+def main(
+    ckpt: str | None,
+    base: str | None,
+    sd15_shape: bool,
+    backends: tuple[str, ...],
+    cuts: tuple[Cut, ...],
+    strides: tuple[int, ...],
+    paper: bool,
+    steps: int,
+    guidance_scale: float,
+    batches: tuple[int, ...],
+    height: int | None,
+    width: int | None,
+    dtype: str | None,
+    repeats: int,
+    compiling: bool,
+    engine_dir: Path,
+    json_path: Path | None,
+) -> None:
+    """Time full and cached sampling on every backend, beside fewer steps, tomesd and DeepCache.
+
+    Everything is built and warmed up first; then all take turns. Prints a table.
+
+    Example: encache-bench --sd15-shape --backend torch --backend tensorrt-rtx --compile
+    """
+    if sd15_shape and (ckpt or base):
+        raise click.UsageError("--sd15-shape is a model of its own: leave out --ckpt and --base.")
+    check_size(*(side for side in (height, width) if side))
+
+    import torch
+
+    from encache.model.random_weights import find_sd15_shape
+    from encache.runtime.bench import format_table, matrix_peak, measure
+    from encache.runtime.contenders import Task, assemble
+    from encache.runtime.engines import TORCH_DTYPES
+    from encache.runtime.files import check_writable, write_atomically
+    from encache.runtime.machine import describe_machine
+    from encache.runtime.pipeline import EncachePipeline
+    from encache.runtime.plan import paper_key_calls
+
+    if json_path:
+        check_writable(json_path.parent)
+    if sd15_shape:
+        checkpoint = find_sd15_shape(engine_dir / "sd15-shape")
+    else:
+        checkpoint = find_checkpoint(ckpt, base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
+    pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype]).to(device)
+    policies: dict[str, dict[str, Any]] = {f"stride {n}": {"stride": n} for n in strides}
+    if paper:
+        policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}
+    task = Task("red apple", steps, guidance_scale, height, width, max(batches), policies)
+
+    def open_backend(backend: str, cut: Cut) -> EncachePipeline:
+        if backend == "torch":
+            return EncachePipeline.from_pipe(pipeline, cut)
+        target = None
+        if backend in TENSORRT_BACKENDS:
+            side = default_picture_size(checkpoint)
+            target = Target(
+                describe_library(backend),
+                (local_compute_capability(),),
+                (task.rows * min(batches), task.rows * max(batches)),
+                0 if cut == "out" else max(strides),
+                (height or side,) * 2,
+                (width or side,) * 2,
+            )
+        request = Request(checkpoint, cut, dtype, backend, target)
+        folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
+        return EncachePipeline.from_engines(folder)
+
+    contenders, missing = assemble(pipeline, open_backend, backends, cuts, task, compiling)
+    peak = matrix_peak(device, TORCH_DTYPES[dtype])
+    rows = measure(contenders, task.draw_noises(pipeline, repeats), batches, peak)
+    click.echo(format_table(rows))
+    for name, reason in missing.items():
+        click.echo(f"{name} is left out: {reason}")
+    if json_path:
+        report = {
+            "machine": describe_machine(),
+            "model": checkpoint.name,
+            "dtype": dtype,
+            "task": asdict(task),
+            "repeats": repeats,
+            "matrix_product_tflops": peak,
+            "left_out": missing,
+            "rows": [asdict(row) for row in rows],
+        }
+        write_atomically(json_path, json.dumps(report, indent=1).encode() + b"\n")

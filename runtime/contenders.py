@@ -1,0 +1,235 @@
+"""Everything that draws pictures in the benchmark: this project, PyTorch alone, and its peers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from encache.model.arithmetic import Arithmetic, count_arithmetic
+from encache.model.features import Cut, ImageSpec
+from encache.runtime.compare import steps_within
+from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import make_plan
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+#: Draws pictures [n, 3, H, W] from noise [n, 4, h, w].
+Draw = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to draw.
+
+    Attributes:
+        backend: what runs the UNet: "diffusers", with what is added to it, or an engine backend.
+        sampling: how often, as a user would say it.
+        draw: see `Draw`.
+        gflop: of the UNet per picture, counted; None where a peer changes what is computed.
+        pipeline, call: for the time spent in each part, where engines are run.
+        patch: puts a peer's changes in place, and back.
+    """
+
+    backend: str
+    sampling: str
+    draw: Draw
+    gflop: float | None = None
+    pipeline: EncachePipeline | None = None
+    call: dict[str, Any] | None = None
+    patch: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def name(self) -> str:
+        """Both, for tables."""
+        return f"{self.backend}, {self.sampling}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contenders draw.
+
+    Attributes:
+        prompt: the same for all pictures.
+        steps: of the full sampler.
+        guidance_scale: classifier-free guidance.
+        height, width: in pixels; None is the model's own.
+        batch: most pictures at once.
+        policies: name and arguments of each way to cache, such as {"stride": 5}.
+    """
+
+    prompt: str
+    steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    batch: int
+    policies: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments that all share."""
+        return {
+            "prompt": self.prompt,
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "output_type": "pt",
+        }
+
+    @property
+    def rows(self) -> int:
+        """Rows of the UNet per picture."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    def draw_noises(self, pipeline: "StableDiffusionPipeline", count: int) -> list[Tensor]:
+        """Unit noise for one batch [batch, 4, h, w] each, where and as the pipeline computes."""
+        unet = pipeline.unet
+        shape = (self.batch, unet.config.in_channels, *self.latent_size(pipeline))
+        generators = (torch.Generator().manual_seed(seed) for seed in range(count))
+        return [torch.randn(shape, generator=one).to(unet.device, unet.dtype) for one in generators]
+
+    def latent_size(self, pipeline: "StableDiffusionPipeline") -> tuple[int, int]:
+        """Latent height and width."""
+        spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+        return spec.latent_size(self.height, self.width)
+
+
+def assemble(
+    pipeline: "StableDiffusionPipeline",
+    open_backend: Callable[[str, Cut], EncachePipeline],
+    backends: Sequence[str],
+    cuts: Sequence[Cut],
+    task: Task,
+    compiling: bool,
+) -> tuple[list[Contender], dict[str, str]]:
+    """All contenders, the full sampler of diffusers first, and the peers that are not installed.
+
+    Args:
+        pipeline: the undivided model.
+        open_backend: opens the same model on a backend at a cut.
+        backends, cuts: every pair is tried with every policy.
+        task: what to draw.
+        compiling: also try torch.compile.
+    """
+    length = pipeline.tokenizer.model_max_length
+    size = task.latent_size(pipeline)
+    arithmetic = {cut: count_arithmetic(pipeline.unet.config, cut, *size, length) for cut in cuts}
+    contenders = [plain(pipeline, task, arithmetic[cuts[0]].full)]
+    if compiling:
+        contenders.append(compiled(pipeline, contenders[0]))
+    installed, missing = peers(pipeline, task)
+    contenders += installed
+    for backend in backends:
+        pipelines = {cut: open_backend(backend, cut) for cut in cuts}
+        contenders += cached(pipelines, task, arithmetic)
+    return contenders, missing
+
+
+def cached(
+    pipelines: Mapping[Cut, EncachePipeline], task: Task, arithmetic: Mapping[Cut, Arithmetic]
+) -> Iterator[Contender]:
+    """This project on one backend: the full sampler, every policy at every cut, and fewer steps.
+
+    The fewer steps are as many as each policy's arithmetic buys.
+    """
+    fewer = {task.steps}
+    for (cut, pipeline), (name, policy) in product(pipelines.items(), task.policies.items()):
+        plan = make_plan(pipeline.scheduler, task.steps, **policy)
+        gflop = arithmetic[cut].total(plan.num_encoder_runs, plan.num_calls)
+        pipeline.set_progress_bar_config(disable=True)
+        fewer.add(steps_within(pipeline.scheduler, task.steps, gflop, arithmetic[cut]))
+        call = {**task.call, "num_inference_steps": task.steps, **policy}
+        yield _of(pipeline, f"cut {cut}, {name}", call, gflop * task.rows)
+    # The later the cut, the more of the UNet is one engine.
+    cut, pipeline = list(pipelines.items())[-1]
+    for steps in sorted(fewer, reverse=True):
+        call = {**task.call, "num_inference_steps": steps, "stride": 1}
+        yield _of(pipeline, f"{steps} steps", call, steps * arithmetic[cut].full * task.rows)
+
+
+def _of(pipeline: EncachePipeline, sampling: str, call: dict[str, Any], gflop: float) -> Contender:
+    return Contender(
+        pipeline.engines.name, sampling, _drawer(pipeline, call), gflop, pipeline, call
+    )
+
+
+def plain(pipeline: "StableDiffusionPipeline", task: Task, gflop: float) -> Contender:
+    """diffusers as it is; `gflop` is of one row of one call."""
+    call = {**task.call, "num_inference_steps": task.steps}
+    gflop *= task.steps * task.rows
+    return Contender("diffusers", f"{task.steps} steps", _drawer(pipeline, call), gflop)
+
+
+def compiled(pipeline: "StableDiffusionPipeline", full: Contender) -> Contender:
+    """The same with torch.compile, which is what PyTorch's users reach for first."""
+    forward = torch.compile(pipeline.unet.forward)
+
+    @contextmanager
+    def patch() -> Iterator[None]:
+        original, pipeline.unet.forward = pipeline.unet.forward, forward
+        try:
+            yield
+        finally:
+            pipeline.unet.forward = original
+
+    return replace(full, backend="diffusers, torch.compile", patch=patch)
+
+
+def peers(
+    pipeline: "StableDiffusionPipeline", task: Task
+) -> tuple[list[Contender], dict[str, str]]:
+    """What a user would install instead, and of each that is not installed the reason.
+
+    tomesd merges tokens (arXiv 2303.17604), DeepCache caches deep features (arXiv 2312.00858).
+    """
+    draw = _drawer(pipeline, {**task.call, "num_inference_steps": task.steps})
+    known: list[tuple[str, str, Callable[[], AbstractContextManager[None]]]] = [
+        ("tomesd", "half of the tokens", lambda: _merge_tokens(pipeline, 0.5)),
+        ("DeepCache", "interval 3", lambda: _cache_deeply(pipeline, 3)),
+        ("DeepCache", "interval 5", lambda: _cache_deeply(pipeline, 5)),
+    ]
+    found, missing = [], {}
+    for module, setting, patch in known:
+        try:
+            import_module(module)
+            found.append(Contender(f"diffusers, {module}", setting, draw, patch=patch))
+        except ImportError as error:
+            missing[module] = str(error)
+    return found, missing
+
+
+@contextmanager
+def _merge_tokens(pipeline: "StableDiffusionPipeline", ratio: float) -> Iterator[None]:
+    import tomesd
+
+    tomesd.apply_patch(pipeline, ratio=ratio)
+    try:
+        yield
+    finally:
+        tomesd.remove_patch(pipeline)
+
+
+@contextmanager
+def _cache_deeply(pipeline: "StableDiffusionPipeline", interval: int) -> Iterator[None]:
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipeline)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+def _drawer(pipeline: "StableDiffusionPipeline | EncachePipeline", call: dict[str, Any]) -> Draw:
+    def draw(noise: Tensor) -> Tensor:
+        return pipeline(latents=noise, num_images_per_prompt=len(noise), **call).images
+
+    return draw

@@ -1,0 +1,92 @@
+"""encache-bench draws the same picture in every way, and says what each costs."""
+
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from encache.runtime.bench import matrix_peak
+from encache.runtime.bench_cli import main
+from encache.runtime.contenders import Task, assemble
+from encache.runtime.pipeline import EncachePipeline
+
+
+def bench(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
+    path = tmp_path / "bench.json"
+    result = bench(
+        *("--ckpt", model_folder, "--engine-dir", up2_folder.parent, "--cut", "up2"),
+        *("--steps", 6, "--stride", 3, "--repeats", 2, "--batch", 1, "--batch", 2),
+        *("--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert report["task"]["policies"] == {"stride 3": {"stride": 3}}
+    rows = {(row["backend"], row["sampling"], row["batch"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"])
+    assert rows["diffusers", "6 steps", 1]["speed"] == 1
+    assert {"diffusers, tomesd", "diffusers, DeepCache"} <= {backend for backend, _, _ in rows}
+    for backend in ("torch", "onnxruntime"):
+        full, cached = (rows[backend, name, 2] for name in ("6 steps", "cut up2, stride 3"))
+        assert full["gflop"] == pytest.approx(rows["diffusers", "6 steps", 1]["gflop"])
+        names = {name for (one, name, _), row in rows.items() if one == backend}
+        (fewer,) = names - {"6 steps", "cut up2, stride 3"}
+        steps = int(fewer.removesuffix(" steps"))
+        assert steps / 6 * full["gflop"] <= cached["gflop"] < (steps + 1) / 6 * full["gflop"]
+        parts = cached["parts"]
+        assert set(parts) == {"encode_text", "encode", "decode", "decode_latents", "outside"}
+        assert cached["spread"][0] <= cached["seconds"] <= cached["spread"][1]
+        assert cached["tflops"] == pytest.approx(cached["gflop"] * 2 / cached["seconds"] / 1e3)
+    assert "onnxruntime, cut up2, stride 3" in result.stdout
+
+
+def test_every_full_sampler_draws_the_same(pipeline, up2_folder):
+    def open_backend(backend, cut):
+        if backend == "torch":
+            return EncachePipeline.from_pipe(pipeline, cut)
+        return EncachePipeline.from_engines(up2_folder)
+
+    task = Task("red apple", 4, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    contenders, _ = assemble(
+        pipeline, open_backend, ["torch", "onnxruntime"], ["up2"], task, compiling=False
+    )
+    (noise,) = task.draw_noises(pipeline, 1)
+    full = [one.draw(noise) for one in contenders if one.sampling == "4 steps"]
+    assert len(full) == 3
+    for picture in full[1:]:
+        torch.testing.assert_close(picture, full[0], rtol=1e-3, atol=1e-3)
+    cached = next(one for one in contenders if one.sampling == "cut up2, stride 2")
+    assert (cached.draw(noise) - full[0]).abs().max() > 1e-3
+
+
+def test_a_peer_that_is_missing_is_named(model_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    result = bench(
+        *("--ckpt", model_folder, "--backend", "torch", "--cut", "mid"),
+        *("--steps", 2, "--stride", 2, "--repeats", 1),
+    )
+    assert result.exit_code == 0, result.output
+    assert "tomesd is left out" in result.stdout
+    assert "diffusers, DeepCache" in result.stdout
+
+
+def test_the_peak_is_that_of_a_product():
+    assert 1e-3 < matrix_peak(torch.device("cpu"), torch.float32) < 1e3
+
+
+def test_mistakes(model_folder):
+    for arguments, code, word in [
+        (("--sd15-shape", "--ckpt", model_folder), 2, "leave out --ckpt"),
+        (("--ckpt", "/no/model"), 1, "/no/model"),
+        (("--stride", 1), 2, "1"),
+        (("--height", 100), 1, "try 96"),
+        (("--json", "/proc/none/bench.json"), 1, "/proc/none"),
+    ]:
+        result = bench(*arguments)
+        assert result.exit_code == code, result.output
+        assert word in result.stderr
