@@ -1,8 +1,24 @@
 """Stable Diffusion v1.5's shape with random weights: as fast and as large as the real one."""
 
 from pathlib import Path
+from typing import Any
 
 from encache.model.checkpoint import Checkpoint, default_model, find_checkpoint
+
+#: What differs from diffusers' and transformers' defaults.
+SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+SD15_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+SD15_TEXT_ENCODER: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+}
 
 
 def find_sd15_shape(folder: Path) -> Checkpoint:
@@ -28,15 +44,9 @@ def _write(folder: Path) -> None:
     torch.manual_seed(0)
     shipped = default_model()
     pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-        ),
-        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=768, num_attention_heads=12)),
+        unet=UNet2DConditionModel(**SD15_UNET),
+        vae=AutoencoderKL(**SD15_VAE),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER)),
         tokenizer=CLIPTokenizer.from_pretrained(shipped / "tokenizer", model_max_length=77),
         scheduler=DDIMScheduler.from_pretrained(shipped / "scheduler"),
         safety_checker=None,

@@ -1,0 +1,115 @@
+"""How fast can Stable Diffusion v1.5 be on a GPU, by its arithmetic and its bytes alone?
+
+    python benchmarks/bound.py                     # an RTX 4090; prints the tables of docs
+
+Every part is counted on shapes alone, at 512x512, one picture, with guidance (two rows of the UNet)
+and fp16 weights. A run of a part takes at least its arithmetic over the GPU's peak, and at least
+its weights and features over the memory's bandwidth; activations inside a part are left out. What
+an engine really takes is more: the share of the peak that it reaches is measured by encache-bench.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from encache.model.arithmetic import count_arithmetic
+from encache.model.features import CUTS, Cut, feature_table, num_up_blocks_cached
+from encache.model.random_weights import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
+
+LATENT = 64
+CALLS = 50
+ROWS = 2
+STRIDES = (1, 3, 5, 10, 20)
+BYTES = 2  # fp16
+
+
+def num_bytes(*modules: torch.nn.Module) -> int:
+    """Of the modules' weights."""
+    return BYTES * sum(one.numel() for module in modules for one in module.parameters())
+
+
+def gflop(function: Callable, *inputs: torch.Tensor) -> float:
+    """Of one run, on shapes alone."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
+def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
+    """GFLOP per row and bytes per run of the encoder and the decoder.
+
+    Bytes are weights, and the features that the encoder writes and the decoder reads.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_UNET)
+    arithmetic = count_arithmetic(unet.config, cut, LATENT, LATENT)
+    cached = num_up_blocks_cached(cut, len(unet.up_blocks))
+    shapes = [one.shape(ROWS, LATENT, LATENT) for one in feature_table(unet.config, cut)]
+    features = BYTES * sum(torch.Size(shape).numel() for shape in shapes)
+    decoder = num_bytes(*unet.up_blocks[cached:])
+    return {
+        "encoder": (arithmetic.encoder, num_bytes(unet) - decoder + features),
+        "decoder": (arithmetic.decoder, decoder + features if cut != "out" else features),
+    }
+
+
+def other_parts() -> dict[str, tuple[float, int]]:
+    """GFLOP and bytes of encoding the prompt with its negative, and of decoding the picture."""
+    with torch.device("meta"):
+        text_encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER))
+        vae = AutoencoderKL(**SD15_VAE)
+        tokens = torch.zeros(ROWS, 77, dtype=torch.int64)
+        latents = torch.empty(1, 4, LATENT, LATENT)
+
+    return {
+        "text encoder": (gflop(text_encoder, tokens), num_bytes(text_encoder)),
+        "image decoder": (gflop(vae.decode, latents), num_bytes(vae.decoder, vae.post_quant_conv)),
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tflops", type=float, default=165.2, help="peak of the GPU (RTX 4090)")
+    parser.add_argument("--bandwidth", type=float, default=1008, help="GB/s (RTX 4090)")
+    parser.add_argument("--reached", type=float, default=1.0, help="share of the peak reached")
+    options = parser.parse_args()
+
+    def milliseconds(gflop: float, size: float) -> float:
+        arithmetic = gflop / options.tflops / options.reached
+        return max(arithmetic, size / options.bandwidth / 1e6)
+
+    others = other_parts()
+    cuts = {cut: unet_parts(cut) for cut in CUTS}
+    print("| part | GFLOP | MB | ms |\n|---|---|---|---|")
+    for name, (cost, size) in others.items():
+        print(f"| {name} | {cost:.0f} | {size / 1e6:.0f} | {milliseconds(cost, size):.2f} |")
+    for cut, parts in cuts.items():
+        for name, (cost, size) in parts.items():
+            cost *= ROWS
+            cells = f"{cost:.0f} | {size / 1e6:.0f} | {milliseconds(cost, size):.2f}"
+            print(f"| UNet {name}, cut {cut} | {cells} |")
+    fixed = sum(milliseconds(*part) for part in others.values())
+    print(f"\n| cut | {' | '.join(f'stride {n}' for n in STRIDES)} |")
+    print("|---" * (len(STRIDES) + 1) + "|")
+    for cut, parts in cuts.items():
+        cells = []
+        for stride in STRIDES:
+            keys = -(-CALLS // stride)
+            encoder, decoder = parts["encoder"], parts["decoder"]
+            total = fixed + keys * milliseconds(ROWS * encoder[0], encoder[1])
+            # One run decodes a segment: its arithmetic is that of all its calls, its bytes of one.
+            runs = [min(stride, CALLS - key * stride) for key in range(keys)]
+            total += sum(milliseconds(ROWS * decoder[0] * n, decoder[1]) for n in runs)
+            cells.append(f"{total:.0f} ms")
+        print(f"| {cut} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
