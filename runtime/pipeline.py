@@ -206,24 +206,42 @@ class EncachePipeline:
             max_decode_batch=max_decode_batch,
             rows_per_call=rows,
         )
-        with tqdm(total=plan.num_calls, **self._progress_bar_config) as bar:
-
-            def on_decoded(step: Decode, latents_before: Callable[[int], Tensor]) -> None:
-                bar.update(step.stop - step.start)
-                if callback_on_step_end:
-                    self._call_back(callback_on_step_end, step, latents_before)
-
-            guidance = (guidance_scale if guided else None, guidance_rescale)
-            sampling, replay = self._prepare(plan, noise.shape, text.shape, guidance)
-            if replay and not callback_on_step_end:
-                result = replay(noise, text.flatten(0, 1))
-                bar.update(plan.num_calls)
-            else:
-                result = sampling.run(noise, text.flatten(0, 1), on_decoded)
+        guidance = (guidance_scale if guided else None, guidance_rescale)
+        try:
+            result = self._sample(plan, noise, text, guidance, callback_on_step_end)
+        except torch.OutOfMemoryError as error:
+            raise EncacheError(
+                f"The GPU's memory does not hold a batch of {plan.longest_decode * rows} rows "
+                f"({plan.longest_decode} calls): lower max_decode_batch (--max-decode-batch), to "
+                f"{rows} at the least, or make fewer or smaller pictures at once."
+            ) from error
         images = self.decode(result, output_type)
         if not return_dict:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
+
+    def _sample(
+        self,
+        plan: Plan,
+        noise: Tensor,
+        text: Tensor,
+        guidance: tuple[float | None, float],
+        callback: Callback | None,
+    ) -> Tensor:
+        """Latents of a plan, from noise [n, 4, h, w] and text [G, n, L, D]."""
+        sampling, replay = self._prepare(plan, noise.shape, text.shape, guidance)
+        with tqdm(total=plan.num_calls, **self._progress_bar_config) as bar:
+            if replay and not callback:
+                latents = replay(noise, text.flatten(0, 1))
+                bar.update(plan.num_calls)
+                return latents
+
+            def on_decoded(step: Decode, latents_before: Callable[[int], Tensor]) -> None:
+                bar.update(step.stop - step.start)
+                if callback:
+                    self._call_back(callback, step, latents_before)
+
+            return sampling.run(noise, text.flatten(0, 1), on_decoded)
 
     def _prepare(
         self,

@@ -326,3 +326,14 @@ def test_compiled_engines_bound_what_may_be_asked(pipeline):
     ]:
         with pytest.raises(EncacheError, match=word):
             latents(ours, **changes)
+
+
+def test_too_little_memory_says_what_to_lower(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline, "up2")
+
+    def decode(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    ours.engines.decode = decode
+    with pytest.raises(EncacheError, match=r"10 rows \(5 calls\).*--max-decode-batch\), to 2"):
+        latents(ours, stride=5)
