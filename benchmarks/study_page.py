@@ -154,8 +154,13 @@ def main() -> None:
     def cut_label(row: Row) -> str | None:
         return PLAIN if row["plain"] else f"cut {row['cut']}, extrapolate"
 
-    cuts = [*plain, *(row for row in answers["where to cut"] if not row["plain"])]
-    plot(lines_of(cuts, cut_label, share), "share of the arithmetic", PLOTS / "cuts.svg")
+    extrapolated = [
+        row
+        for row in (*answers["where to cut"], *blends)
+        if row["blend"] == "extrapolate" and uniform(row)
+    ]
+    cuts = lines_of([*plain, *extrapolated], cut_label, share)
+    plot(cuts, "share of the arithmetic", PLOTS / "cuts.svg")
     for cut in ("mid", "out"):
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
@@ -166,7 +171,7 @@ def main() -> None:
         for cut in ("mid", "out"):
             lines = {
                 name: points
-                for name, rows in {"shipped": answers["where to cut"], **questions}.items()
+                for name, rows in {"shipped": extrapolated, **questions}.items()
                 for points in lines_of(rows, extrapolated_at(cut), stride).values()
             }
             name = f"models-{cut}-{reference.split()[1]}.svg"
