@@ -25,6 +25,7 @@ CALLS = 50
 ROWS = 2
 STRIDES = (1, 3, 5, 10, 20)
 BYTES = 2  # fp16
+SLOTS = 2  # of the ring, which the default blend reads
 
 
 def num_bytes(*modules: torch.nn.Module) -> int:
@@ -42,7 +43,8 @@ def gflop(function: Callable, *inputs: torch.Tensor) -> float:
 def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
     """GFLOP per row and bytes per run of the encoder and the decoder.
 
-    Bytes are weights, and the features that the encoder writes and the decoder reads.
+    Bytes are weights, and the features that the encoder writes and the decoder reads, from two
+    slots of the ring.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD15_UNET)
@@ -50,10 +52,13 @@ def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
     cached = num_up_blocks_cached(cut, len(unet.up_blocks))
     shapes = [one.shape(ROWS, LATENT, LATENT) for one in feature_table(unet.config, cut)]
     features = BYTES * sum(torch.Size(shape).numel() for shape in shapes)
-    decoder = num_bytes(*unet.up_blocks[cached:])
+    late, both = num_bytes(*unet.up_blocks[cached:]), num_bytes(unet.time_embedding)
+    last = num_bytes(unet.conv_norm_out, unet.conv_out)
+    decoder = late + last + both if cut != "out" else 0
+    encoder = num_bytes(unet) - (late + last if cut != "out" else 0)
     return {
-        "encoder": (arithmetic.encoder, num_bytes(unet) - decoder + features),
-        "decoder": (arithmetic.decoder, decoder + features if cut != "out" else features),
+        "encoder": (arithmetic.encoder, encoder + features),
+        "decoder": (arithmetic.decoder, decoder + SLOTS * features),
     }
 
 
@@ -66,7 +71,11 @@ def other_parts() -> dict[str, tuple[float, int]]:
         latents = torch.empty(1, 4, LATENT, LATENT)
 
     return {
-        "text encoder": (gflop(text_encoder, tokens), num_bytes(text_encoder)),
+        # Of the table of tokens, a prompt reads a few rows.
+        "text encoder": (
+            gflop(text_encoder, tokens),
+            num_bytes(text_encoder) - num_bytes(text_encoder.get_input_embeddings()),
+        ),
         "image decoder": (gflop(vae.decode, latents), num_bytes(vae.decoder, vae.post_quant_conv)),
     }
 

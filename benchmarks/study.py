@@ -32,12 +32,12 @@ from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
+from encache.files import write_atomically
 from encache.model.checkpoint import default_model, find_checkpoint
 from encache.model.features import CUTS, Cut
 from encache.model.split import SplitUNet
 from encache.runtime.blend import Blend
 from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
-from encache.runtime.files import write_atomically
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise

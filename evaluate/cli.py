@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from encache.command import Command
-from encache.export.build import BACKENDS, DTYPES
+from encache.export.build import DTYPES
 from encache.model.features import CUTS, DEFAULT_CUT, Cut
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
@@ -102,7 +102,10 @@ if TYPE_CHECKING:
 )
 @click.option("--clip", help="CLIP for CLIPScore: folder or hub id.")
 @click.option(
-    "--backend", type=click.Choice(("torch", *BACKENDS)), default="torch", show_default=True
+    "--backend",
+    type=click.Choice(("torch", "onnxruntime")),
+    default="torch",
+    show_default=True,
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
 @click.option("--device", help="Of torch. Default: a GPU where there is one.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from encache.evaluate.page import render
 from encache.evaluate.results import Interval, Report, Row
-from encache.runtime.files import check_writable, write_atomically
+from encache.files import check_writable, write_atomically
 
 REPORT = "report.json"
 TABLE = "rows.csv"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from encache.runtime.files import check_writable, write_atomically
+from encache.files import check_writable, write_atomically
 
 Arrays = Mapping[str, np.ndarray]
 

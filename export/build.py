@@ -1,6 +1,7 @@
 """Build an engine folder: complete and renamed into place, or not there at all."""
 
 import gc
+import glob
 import json
 import shutil
 import tempfile
@@ -87,33 +88,35 @@ class Request:
 
 
 def find_engines(request: Request, engine_dir: Path) -> Path | None:
-    """The finished engine folder of this request, or one that serves it too, or None.
+    """The finished engine folder of this request, or None.
 
     Raises:
         EngineError: it is finished, but a file is missing, of another size, or foreign.
     """
     folder = engine_dir / request.folder_name
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder)
-        return folder
-    if not request.target:
+    if not (folder / MANIFEST).is_file():
         return None
-    others = sorted(engine_dir.glob(f"{request.checkpoint.name}-*/{MANIFEST}"))
-    return next((one.parent for one in others if _serves(one.parent, request)), None)
+    read_manifest(folder)
+    return folder
 
 
-def _serves(folder: Path, request: Request) -> bool:
-    """Whether a folder holds the request's engines, compiled for a wider target."""
+def find_covering_engines(request: Request, engine_dir: Path) -> Path | None:
+    """A finished folder that serves a request with a target: its own, or a wider one, or None."""
+    if finished := find_engines(request, engine_dir):
+        return finished
+    others = sorted(engine_dir.glob(f"{glob.escape(request.checkpoint.name)}-*/{MANIFEST}"))
+    return next((one.parent for one in others if _covers(one.parent, request)), None)
+
+
+def _covers(folder: Path, request: Request) -> bool:
     try:
         identity = read_manifest(folder).identity
     except EngineError:  # whoever asks for that folder itself is told
         return False
-    assert request.target
-    return (
-        identity.target is not None
-        and identity.target.covers(request.target)
-        and replace(identity, target=request.target) == request.identity
-    )
+    if not (request.target and identity.target):
+        return False
+    same = replace(identity, target=request.target) == request.identity
+    return same and identity.target.covers(request.target)
 
 
 def build_engines(request: Request, engine_dir: Path, report: Report = lambda line: None) -> Path:
@@ -237,18 +240,23 @@ def _compile(
     """Put TensorRT engines in the place of the ONNX graphs; the bytes of scratch each needs."""
     from encache.export.trt import Compiler
 
-    assert request.target
+    target = request.target
+    assert target
+    ahead, timing_cache = target.compute_capabilities, None
+    if request.backend == "tensorrt":  # compiles here and now, by trying kernels on the GPU
+        # Beside the engine folders: this one is still inside a temporary folder.
+        timing_cache = folder.parents[1] / f"{target.library} sm{ahead[0]}.timing"
+        ahead = ()
     scratch_bytes = {}
     for graph, sizes in shapes.items():
         path = folder / graph / ONNX
-        compiler = Compiler(request.backend, path)
-        ahead = request.target.compute_capabilities if request.backend == "tensorrt-rtx" else ()
-        compiled = compiler.compile(sizes, ahead)
+        compiled = Compiler(request.backend, path).compile(sizes, ahead, timing_cache)
         path.with_name(ENGINE).write_bytes(compiled.engine)
         path.unlink()
         path.with_name(ONNX_WEIGHTS).unlink()
-        report(f"compiled {graph}: {compiled.scratch_bytes / 2**20:.0f} MiB of scratch memory")
         scratch_bytes[graph] = compiled.scratch_bytes
+        del compiled  # as large as the weights; the next graph wants the memory
+        report(f"compiled {graph}: {scratch_bytes[graph] / 2**20:.0f} MiB of scratch memory")
     return scratch_bytes
 
 

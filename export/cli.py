@@ -8,10 +8,17 @@ import click
 
 from encache.command import Command, typed_options
 from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
-from encache.export.library import TENSORRT_BACKENDS, describe_library
+from encache.export.library import TENSORRT_BACKENDS
 from encache.export.options import engine_options
-from encache.export.target import GPUS, Span, Target, parse_span, resolve_compute_capabilities
-from encache.model.checkpoint import default_picture_size, find_checkpoint
+from encache.export.target import (
+    DECODE_CALLS,
+    GPUS,
+    Span,
+    make_target,
+    parse_span,
+    resolve_compute_capabilities,
+)
+from encache.model.checkpoint import find_checkpoint
 from encache.model.features import Cut, check_size
 
 
@@ -61,9 +68,9 @@ _COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "heig
 @click.option(
     "--decode-batch",
     type=click.IntRange(1),
-    default=10,
+    default=DECODE_CALLS,
     show_default=True,
-    help="Most calls that TensorRT decodes at once; more take more memory, not more time.",
+    help="Most calls that TensorRT decodes at once, which decides memory; the cut out has none.",
 )
 @click.option("--height", type=_SPAN, help="Pixels, for TensorRT: a number or a span like 512:768.")
 @click.option("--width", type=_SPAN, help="Likewise. Default: the model's own size.")
@@ -101,14 +108,15 @@ def main(
     checkpoint = find_checkpoint(ckpt, base)
     if backend in TENSORRT_BACKENDS:
         check_size(*(height or ()), *(width or ()))
-        size = 0 if height and width else default_picture_size(checkpoint)
-        target = Target(
-            describe_library(backend),
-            resolve_compute_capabilities(backend, gpus, compute_capabilities),
-            (batch[0] if batch[0] < batch[1] else 2 * batch[0], 2 * batch[1]),
-            0 if cut == "out" else decode_batch,
-            height or (size, size),
-            width or (size, size),
+        target = make_target(
+            checkpoint,
+            backend,
+            cut,
+            compute_capabilities=resolve_compute_capabilities(backend, gpus, compute_capabilities),
+            rows=(batch[0] if batch[0] < batch[1] else 2 * batch[0], 2 * batch[1]),
+            decode_calls=decode_batch,
+            height=height,
+            width=width,
         )
     else:
         for option in typed_options(_COMPILED_ONLY):

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from encache.errors import EngineError
+from encache.export.library import describe_library
+from encache.model.checkpoint import Checkpoint, default_picture_size
+from encache.model.features import Cut
 
 #: The smallest and the largest value of a size.
 Span = tuple[int, int]
@@ -20,6 +23,11 @@ GPUS = {
     "rtx-5090": "12.0",
     "dgx-spark": "12.1",
 }
+
+
+#: Most calls in one run of the decoder, unless asked otherwise: memory grows with it, and a batch
+#: of so many keeps a GPU busy.
+DECODE_CALLS = 10
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,45 @@ class Target:
 
     def covers(self, wanted: "Target") -> bool:
         """Whether engines for this target also serve the wanted one."""
-        spans = zip(self._spans, wanted._spans, strict=True)
+        spans = [
+            (self.rows, wanted.rows),
+            (self.height, wanted.height),
+            (self.width, wanted.width),
+        ]
         return (
             self.library == wanted.library
             and set(wanted.compute_capabilities) <= set(self.compute_capabilities)
+            and wanted.decode_calls <= self.decode_calls
             and all(ours[0] <= theirs[0] and theirs[1] <= ours[1] for ours, theirs in spans)
         )
 
-    @property
-    def _spans(self) -> tuple[Span, ...]:
-        return (self.rows, (-self.decode_calls, 0), self.height, self.width)
+
+def make_target(
+    checkpoint: Checkpoint,
+    backend: str,
+    cut: Cut,
+    *,
+    compute_capabilities: tuple[str, ...] | None = None,
+    rows: Span = (2, 2),
+    decode_calls: int = DECODE_CALLS,
+    height: Span | None = None,
+    width: Span | None = None,
+) -> Target:
+    """A target, by default for one guided picture of the model's own size on this machine's GPU.
+
+    Raises:
+        EngineError: the library or the GPU is missing, or they do not go together.
+        CheckpointError: a size is missing, and the checkpoint does not say its own.
+    """
+    size = 0 if height and width else default_picture_size(checkpoint)
+    return Target(
+        describe_library(backend),
+        compute_capabilities or resolve_compute_capabilities(backend, (), ()),
+        rows,
+        0 if cut == "out" else decode_calls,
+        height or (size, size),
+        width or (size, size),
+    )
 
 
 def parse_span(text: str) -> Span:
@@ -103,6 +140,7 @@ def local_compute_capability() -> str:
     if not torch.cuda.is_available():
         raise EngineError(
             "PyTorch finds no NVIDIA GPU and driver here. Run engines on the machine that has "
-            "them; to compile for it from here, name it, as --backend tensorrt-rtx --gpu rtx-4090."
+            "them; to compile for it from here: encache-export --backend tensorrt-rtx --gpu "
+            "rtx-4090."
         )
     return ".".join(map(str, torch.cuda.get_device_capability()))

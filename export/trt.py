@@ -17,6 +17,7 @@ from encache.errors import EngineError
 from encache.export.graphs import Graph, flatten
 from encache.export.library import describe_library, load_library
 from encache.export.target import Span, Target
+from encache.files import write_atomically
 from encache.model.features import ImageSpec
 
 #: Smallest, preferred and largest shape of an input.
@@ -93,7 +94,10 @@ class Compiler:
         return {tensor.name: tensor for tensor in tensors}
 
     def compile(
-        self, shapes: Mapping[str, Shapes], compute_capabilities: Sequence[str] = ()
+        self,
+        shapes: Mapping[str, Shapes],
+        compute_capabilities: Sequence[str] = (),
+        timing_cache: Path | None = None,
     ) -> Compiled:
         """Compile for these shapes.
 
@@ -101,6 +105,8 @@ class Compiler:
             shapes: of each input.
             compute_capabilities: of GPUs that need not be there, with TensorRT-RTX alone; without
                 any, this machine's GPU is compiled for.
+            timing_cache: what standard TensorRT has learned from trying kernels on this GPU, read
+                and written; a file of another GPU or version is ignored.
 
         Raises:
             EngineError: the library gives up; the message has its reason.
@@ -120,9 +126,14 @@ class Compiler:
         for name in self.inputs:
             optimization.set_shape(name, *shapes[name])
         config.add_optimization_profile(optimization)
+        if timing_cache:
+            known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
         engine = self._builder.build_serialized_network(self.network, config)
         if engine is None:
             raise EngineError(f"{self._name} compile the graph: {self._logger.complaint}.")
+        if timing_cache:
+            write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
         return Compiled(engine, self._logger.scratch_bytes)
 
     def _let_attention_decompose(self) -> None:

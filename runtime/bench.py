@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from encache.errors import EncacheError
 from encache.runtime.contenders import Contender
 from encache.runtime.pipeline import EncachePipeline
 
@@ -21,22 +22,24 @@ class Row:
 
     Attributes:
         backend, sampling: see `Contender`.
+        device: where it ran.
         batch: pictures at once.
         seconds: median of a batch, from prompt to pixels.
         spread: the fastest and the slowest.
         pictures_per_second: by the median.
-        speed: of a picture, against the first contender's at batch 1.
+        speed: of a picture, against the first row's.
         gflop: counted arithmetic of the UNet per picture.
-        tflops: arithmetic per second of the whole, text encoder and image decoder included in the
-            time alone.
+        tflops: that arithmetic over the whole time, text encoder and image decoder included.
         share_of_peak: `tflops` over what one large matrix product reaches here.
-        parts: seconds of a batch inside "encode_text", "encode", "decode", "decode_latents", and
-            "outside" them, where engines are run.
-        peak_bytes: PyTorch's GPU memory at most, the weights of all contenders included.
+        parts: seconds of a batch inside "encode_text", "encode", "decode" and "decode_latents",
+            and "outside" of them, in a run of its own that no CUDA graph hides.
+        peak_bytes: PyTorch's GPU memory at most, whatever all contenders keep included; the
+            weights and scratch memory of other libraries are not.
     """
 
     backend: str
     sampling: str
+    device: str
     batch: int
     seconds: float
     spread: tuple[float, float]
@@ -54,7 +57,7 @@ def measure(
     noises: Sequence[Tensor],
     batches: Sequence[int],
     peak_tflops: float,
-) -> list[Row]:
+) -> tuple[list[Row], dict[str, str]]:
     """Time every contender, all of them once per repetition.
 
     Args:
@@ -62,41 +65,55 @@ def measure(
         noises: one per repetition [n, 4, h, w], of which a batch takes as many as it needs.
         batches: how many pictures at once.
         peak_tflops: of one large matrix product here.
+
+    Returns:
+        The rows, and of each contender that cannot run the reason.
     """
     rows: list[Row] = []
+    failures: dict[str, str] = {}
     for batch in batches:
-        peaks: list[int | None] = []
+        peaks: dict[Contender, int | None] = {}
         for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
-            _reset_peak()
-            for _ in range(3):  # allocates, captures, replays
-                _timed(one, noises[0][:batch])
-            peaks.append(_peak())
-        seconds: list[list[float]] = [[] for _ in contenders]
+            try:
+                peaks[one] = _warm_up(one, noises[0][:batch])
+            except (EncacheError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                failures[f"{one.backend}, {one.sampling}, batch {batch}"] = reason
+        seconds: dict[Contender, list[float]] = {one: [] for one in peaks}
         for noise in tqdm(noises, desc=f"measure, batch {batch}"):
-            for one, times in zip(contenders, seconds, strict=True):
+            for one, times in seconds.items():
                 times.append(_timed(one, noise[:batch]))
-        for one, times, peak in zip(contenders, seconds, peaks, strict=True):
-            median = statistics.median(times)
-            per_picture = median / batch
+        for one, times in seconds.items():
+            per_picture = statistics.median(times) / batch
             baseline = rows[0].seconds / rows[0].batch if rows else per_picture
             tflops = one.gflop / per_picture / 1e3 if one.gflop else None
-            rows.append(
-                Row(
-                    backend=one.backend,
-                    sampling=one.sampling,
-                    batch=batch,
-                    seconds=median,
-                    spread=(min(times), max(times)),
-                    pictures_per_second=1 / per_picture,
-                    speed=baseline / per_picture,
-                    gflop=one.gflop,
-                    tflops=tflops,
-                    share_of_peak=tflops / peak_tflops if tflops else None,
-                    parts=_parts(one, noises[0][:batch], median),
-                    peak_bytes=peak,
-                )
+            row = Row(
+                backend=one.backend,
+                sampling=one.sampling,
+                device=str(one.device),
+                batch=batch,
+                seconds=statistics.median(times),
+                spread=(min(times), max(times)),
+                pictures_per_second=1 / per_picture,
+                speed=baseline / per_picture,
+                gflop=one.gflop,
+                tflops=tflops,
+                share_of_peak=tflops / peak_tflops if tflops else None,
+                parts=_parts(one, noises[0][:batch]),
+                peak_bytes=peaks[one],
             )
-    return rows
+            rows.append(row)
+    return rows, failures
+
+
+def _warm_up(contender: Contender, noise: Tensor) -> int | None:
+    """Draw three times, which allocates, captures and replays; the peak of PyTorch's memory."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        _timed(contender, noise)
+    return torch.cuda.max_memory_allocated() if gpu else None
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -104,7 +121,7 @@ def format_table(rows: Sequence[Row]) -> str:
     header = f"{'':50}{'batch':>6}{'s':>9}{'pictures/s':>12}{'speed':>8}{'GFLOP':>9}{'TFLOP/s':>9}"
     lines = [header + f"{'of peak':>9}{'outside':>9}"]
     for row in rows:
-        outside = row.parts["outside"] / row.seconds if row.parts else None
+        outside = row.parts["outside"] / sum(row.parts.values()) if row.parts else None
         lines.append(
             f"{row.backend + ', ' + row.sampling:50}{row.batch:6d}{row.seconds:9.3f}"
             f"{row.pictures_per_second:12.2f}{row.speed:7.2f}x"
@@ -113,7 +130,7 @@ def format_table(rows: Sequence[Row]) -> str:
         )
     lines.append(
         "Medians, all contenders taking turns after warm-up; GFLOP of the UNet per picture; peak: "
-        "one large matrix product here; outside: time in no engine."
+        "one large matrix product here; outside: time in no engine, without CUDA graphs."
     )
     return "\n".join(lines)
 
@@ -156,26 +173,32 @@ class TimedEngines:
 
         return timed
 
+    def reset(self) -> None:
+        """Forget what was noted."""
+        self._marks.clear()
+
     def seconds(self) -> dict[str, float]:
         """By method."""
-        _now()
+        _now()  # events are read when they are over
         return {
             name: sum(_between(start, stop) for start, stop in marks)
             for name, marks in self._marks.items()
         }
 
 
-def _parts(contender: Contender, noise: Tensor, total: float) -> dict[str, float] | None:
-    """Where a batch's `total` seconds go; what no engine spends is "outside"."""
+def _parts(contender: Contender, noise: Tensor) -> dict[str, float] | None:
+    """Where a batch's seconds go, in a run of its own; what no engine spends is "outside"."""
     pipeline = contender.pipeline
     if pipeline is None or contender.call is None:
         return None
     engines = TimedEngines(pipeline.engines)
     watched = EncachePipeline(engines, pipeline.tokenizer, pipeline.scheduler, pipeline.spec)
     watched.set_progress_bar_config(disable=True)
-    start = _now()
-    watched(latents=noise, num_images_per_prompt=len(noise), **contender.call)
-    total = min(total, _now() - start)
+    for _ in range(2):  # the first warms up
+        engines.reset()
+        start = _now()
+        watched(latents=noise, num_images_per_prompt=len(noise), **contender.call)
+        total = _now() - start
     inside = engines.seconds()
     return {**inside, "outside": total - sum(inside.values())}
 
@@ -204,12 +227,3 @@ def _mark() -> Any:
 
 def _between(start: Any, stop: Any) -> float:
     return stop - start if isinstance(start, float) else start.elapsed_time(stop) / 1e3
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak() -> int | None:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -9,9 +9,9 @@ import click
 
 from encache.command import Command
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines
-from encache.export.library import TENSORRT_BACKENDS, describe_library
-from encache.export.target import Target, local_compute_capability
-from encache.model.checkpoint import default_picture_size, find_checkpoint, load_pipeline
+from encache.export.library import TENSORRT_BACKENDS
+from encache.export.target import make_target
+from encache.model.checkpoint import find_checkpoint, load_pipeline
 from encache.model.features import CUTS, Cut, check_size
 
 
@@ -99,11 +99,11 @@ def main(
 
     import torch
 
+    from encache.files import check_writable, write_atomically
     from encache.model.random_weights import find_sd15_shape
     from encache.runtime.bench import format_table, matrix_peak, measure
     from encache.runtime.contenders import Task, assemble
     from encache.runtime.engines import TORCH_DTYPES
-    from encache.runtime.files import check_writable, write_atomically
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.plan import paper_key_calls
@@ -124,17 +124,16 @@ def main(
 
     def open_backend(backend: str, cut: Cut) -> EncachePipeline:
         if backend == "torch":
-            return EncachePipeline.from_pipe(pipeline, cut)
+            return EncachePipeline.from_pipe(pipeline, cut, capturable=True)
         target = None
         if backend in TENSORRT_BACKENDS:
-            side = default_picture_size(checkpoint)
-            target = Target(
-                describe_library(backend),
-                (local_compute_capability(),),
-                (task.rows * min(batches), task.rows * max(batches)),
-                0 if cut == "out" else max(strides),
-                (height or side,) * 2,
-                (width or side,) * 2,
+            target = make_target(
+                checkpoint,
+                backend,
+                cut,
+                rows=(task.rows * min(batches), task.rows * max(batches)),
+                height=(height, height) if height else None,
+                width=(width, width) if width else None,
             )
         request = Request(checkpoint, cut, dtype, backend, target)
         folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
@@ -142,9 +141,10 @@ def main(
 
     contenders, missing = assemble(pipeline, open_backend, backends, cuts, task, compiling)
     peak = matrix_peak(device, TORCH_DTYPES[dtype])
-    rows = measure(contenders, task.draw_noises(pipeline, repeats), batches, peak)
+    rows, failures = measure(contenders, task.draw_noises(pipeline, repeats), batches, peak)
+    left_out = {**missing, **failures}
     click.echo(format_table(rows))
-    for name, reason in missing.items():
+    for name, reason in left_out.items():
         click.echo(f"{name} is left out: {reason}")
     if json_path:
         report = {
@@ -154,7 +154,7 @@ def main(
             "task": asdict(task),
             "repeats": repeats,
             "matrix_product_tflops": peak,
-            "left_out": missing,
+            "left_out": left_out,
             "rows": [asdict(row) for row in rows],
         }
         write_atomically(json_path, json.dumps(report, indent=1).encode() + b"\n")

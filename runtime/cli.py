@@ -10,12 +10,19 @@ import click
 
 from encache import __version__
 from encache.command import Command, typed_options
-from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
-from encache.export.library import TENSORRT_BACKENDS, describe_library
+from encache.errors import CheckpointError
+from encache.export.build import (
+    BACKENDS,
+    Request,
+    build_engines,
+    default_dtype,
+    find_covering_engines,
+)
+from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import MANIFEST, read_manifest
 from encache.export.options import engine_options
-from encache.export.target import Target, local_compute_capability
-from encache.model.checkpoint import Checkpoint, default_picture_size, find_checkpoint
+from encache.export.target import DECODE_CALLS, Target, make_target
+from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.model.features import Cut, check_size
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
@@ -163,7 +170,7 @@ def main(
     one_folder = (engine_dir / MANIFEST).is_file()
     _refuse_what_would_be_ignored(engine_dir if one_folder else None, comparing)
 
-    from encache.runtime.files import check_writable
+    from encache.files import check_writable
     from encache.runtime.plan import make_plan
     from encache.runtime.schedulers import make_scheduler
 
@@ -172,13 +179,11 @@ def main(
     dtype = dtype or default_dtype(backend)
     seeds = range(seed, seed + (repeats if comparing else num_images))
     source = None if one_folder else find_checkpoint(ckpt, base)
-    size = None
-    if source and backend in TENSORRT_BACKENDS:
-        local_compute_capability()
-        size = default_picture_size(source)
     pipeline = None
     folder = source.folder if source else engine_dir
     if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
+        if backend in TENSORRT_BACKENDS:
+            raise CheckpointError(f"{ckpt} alone does not say what to compile: add --base.")
         pipeline = _open(source, cut, dtype, backend, None, engine_dir)
         solver = pipeline.scheduler
     else:
@@ -204,14 +209,15 @@ def main(
         check_writable(json_path.parent)
     paths = [] if comparing else _picture_paths(output, wanted, seeds)
     target = None
-    if size:
-        target = Target(
-            describe_library(backend),
-            (local_compute_capability(),),
-            (rows_per_call, rows_per_call),
-            plan.longest_decode if cut != "out" else 0,
-            (height or size,) * 2,
-            (width or size,) * 2,
+    if source and backend in TENSORRT_BACKENDS:
+        target = make_target(
+            source,
+            backend,
+            cut,
+            rows=(rows_per_call, rows_per_call),
+            decode_calls=min(plan.longest_decode, DECODE_CALLS),
+            height=(height, height) if height else None,
+            width=(width, width) if width else None,
         )
     pipeline = pipeline or _open(source, cut, dtype, backend, target, engine_dir)
     pipeline.scheduler = solver
@@ -264,7 +270,7 @@ def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -
 
 def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
     """Where the pictures go, one per prompt and image; refuses before any work is done."""
-    from encache.runtime.files import check_writable
+    from encache.files import check_writable
     from encache.runtime.images import file_name
 
     count = len(prompts) * len(seeds)
@@ -300,9 +306,10 @@ def _open(
     if (engine_dir / "model_index.json").exists():  # an engine folder that lost its manifest
         read_manifest(engine_dir)
     request = Request(source, cut, dtype, backend, target)
-    if not find_engines(request, engine_dir):
+    folder = find_covering_engines(request, engine_dir)
+    if folder is None:
         click.echo(f"Building {request.folder_name} in {engine_dir}, once.", err=True)
-    folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
+        folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
     return EncachePipeline.from_engines(folder)
 
 
@@ -356,14 +363,16 @@ def _compare(
     policy: dict[str, Any],
     json_path: Path | None,
 ) -> None:
+    from encache.files import write_atomically
     from encache.model.arithmetic import count_arithmetic
     from encache.model.checkpoint import load_pipeline
     from encache.runtime import compare
-    from encache.runtime.files import write_atomically
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
 
-    plain = load_pipeline(source)
+    gpu = pipeline.engines.device.type == "cuda"  # there, precision is part of a backend's speed
+    plain = load_pipeline(source, pipeline.engines.dtype if gpu else None)
+    plain.to(pipeline.engines.device)
     plain.scheduler = pipeline.scheduler
     same_plan = EncachePipeline.from_pipe(plain, cut)
     cached = (

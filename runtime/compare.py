@@ -92,10 +92,11 @@ def compare(
     size = cached[0].latent_size(call["height"], call["width"])
     shape = (1, cached[0].spec.channels, *size)
     for _, _, sampler in ways:
-        sampler(prompts[0], torch.zeros(shape))
+        sampler(prompts[0], torch.zeros(shape).to(plain.unet.device, plain.unet.dtype))
     for prompt, seed in tqdm(jobs, desc="compare"):
         # One noise for all, drawn once: generators give other numbers in other precisions.
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = noise.to(plain.unet.device, plain.unet.dtype)
         reference: np.ndarray | None = None
         for index, (_, _, sampler) in enumerate(ways):
             start = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from encache.model.arithmetic import Arithmetic, count_arithmetic
-from encache.model.features import Cut, ImageSpec
+from encache.model.features import CUTS, Cut, ImageSpec
 from encache.runtime.compare import steps_within
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 Draw = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """One way to draw.
 
     Attributes:
         backend: what runs the UNet: "diffusers", with what is added to it, or an engine backend.
         sampling: how often, as a user would say it.
+        device: where it runs.
         draw: see `Draw`.
         gflop: of the UNet per picture, counted; None where a peer changes what is computed.
         pipeline, call: for the time spent in each part, where engines are run.
@@ -38,16 +39,12 @@ class Contender:
 
     backend: str
     sampling: str
+    device: torch.device
     draw: Draw
     gflop: float | None = None
     pipeline: EncachePipeline | None = None
     call: dict[str, Any] | None = None
     patch: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    @property
-    def name(self) -> str:
-        """Both, for tables."""
-        return f"{self.backend}, {self.sampling}"
 
 
 @dataclass(frozen=True)
@@ -142,28 +139,29 @@ def cached(
     for (cut, pipeline), (name, policy) in product(pipelines.items(), task.policies.items()):
         plan = make_plan(pipeline.scheduler, task.steps, **policy)
         gflop = arithmetic[cut].total(plan.num_encoder_runs, plan.num_calls)
-        pipeline.set_progress_bar_config(disable=True)
         fewer.add(steps_within(pipeline.scheduler, task.steps, gflop, arithmetic[cut]))
         call = {**task.call, "num_inference_steps": task.steps, **policy}
         yield _of(pipeline, f"cut {cut}, {name}", call, gflop * task.rows)
-    # The later the cut, the more of the UNet is one engine.
-    cut, pipeline = list(pipelines.items())[-1]
+    cut = max(pipelines, key=CUTS.index)  # where most of the UNet is one engine
     for steps in sorted(fewer, reverse=True):
         call = {**task.call, "num_inference_steps": steps, "stride": 1}
-        yield _of(pipeline, f"{steps} steps", call, steps * arithmetic[cut].full * task.rows)
+        yield _of(pipelines[cut], f"{steps} steps", call, steps * arithmetic[cut].full * task.rows)
 
 
 def _of(pipeline: EncachePipeline, sampling: str, call: dict[str, Any], gflop: float) -> Contender:
-    return Contender(
-        pipeline.engines.name, sampling, _drawer(pipeline, call), gflop, pipeline, call
-    )
+    """A contender with a pipeline of its own, which keeps the buffers and graph of its plan."""
+    own = EncachePipeline(pipeline.engines, pipeline.tokenizer, pipeline.scheduler, pipeline.spec)
+    own.set_progress_bar_config(disable=True)
+    device = own.engines.device
+    return Contender(own.engines.name, sampling, device, _drawer(own, call), gflop, own, call)
 
 
 def plain(pipeline: "StableDiffusionPipeline", task: Task, gflop: float) -> Contender:
     """diffusers as it is; `gflop` is of one row of one call."""
     call = {**task.call, "num_inference_steps": task.steps}
     gflop *= task.steps * task.rows
-    return Contender("diffusers", f"{task.steps} steps", _drawer(pipeline, call), gflop)
+    device, draw = pipeline.unet.device, _drawer(pipeline, call)
+    return Contender("diffusers", f"{task.steps} steps", device, draw, gflop)
 
 
 def compiled(pipeline: "StableDiffusionPipeline", full: Contender) -> Contender:
@@ -172,11 +170,11 @@ def compiled(pipeline: "StableDiffusionPipeline", full: Contender) -> Contender:
 
     @contextmanager
     def patch() -> Iterator[None]:
-        original, pipeline.unet.forward = pipeline.unet.forward, forward
+        pipeline.unet.forward = forward
         try:
             yield
         finally:
-            pipeline.unet.forward = original
+            del pipeline.unet.forward  # back to its class's own
 
     return replace(full, backend="diffusers, torch.compile", patch=patch)
 
@@ -198,7 +196,8 @@ def peers(
     for module, setting, patch in known:
         try:
             import_module(module)
-            found.append(Contender(f"diffusers, {module}", setting, draw, patch=patch))
+            device = pipeline.unet.device
+            found.append(Contender(f"diffusers, {module}", setting, device, draw, patch=patch))
         except ImportError as error:
             missing[module] = str(error)
     return found, missing
@@ -226,6 +225,9 @@ def _cache_deeply(pipeline: "StableDiffusionPipeline", interval: int) -> Iterato
         yield
     finally:
         helper.disable()
+        # It leaves its wrappers behind as attributes, which torch.compile would notice.
+        for module in pipeline.unet.modules():
+            module.__dict__.pop("forward", None)
 
 
 def _drawer(pipeline: "StableDiffusionPipeline | EncachePipeline", call: dict[str, Any]) -> Draw:

@@ -123,7 +123,7 @@ class GraphEngines:
         if "unet_decoder" not in self._graphs:  # the cut "out" leaves the blend alone
             # Not as a product of matrices: for one, PyTorch wakes threads that then spin for a
             # while, in the way of ONNX Runtime's (encoder runs took 30 % longer on two cores).
-            mixed = (weights.to(self.dtype)[..., None] * ring[0].flatten(1)).sum(1)
+            mixed = (weights[..., None] * ring[0].flatten(1)).sum(1)
             return mixed.view(-1, *ring[0].shape[2:])
         inputs = {"weights": weights, "timesteps": timesteps, "text": text}
         noise = self._empty(len(weights) * len(text), self._spec.channels, *ring[0].shape[-2:])
@@ -151,12 +151,20 @@ class GraphEngines:
 
 
 class TorchEngines:
-    """The halves run by PyTorch, straight from the pipeline's own modules."""
+    """The halves run by PyTorch, straight from the pipeline's own modules.
+
+    Args:
+        pipeline: whose modules run.
+        cut: where its UNet is cut.
+        capturable: see `Engines`; a graph does not follow later changes of the modules.
+    """
 
     name = "torch"
     target: Target | None = None
 
-    def __init__(self, pipeline: "StableDiffusionPipeline", cut: Cut) -> None:
+    def __init__(
+        self, pipeline: "StableDiffusionPipeline", cut: Cut, *, capturable: bool = False
+    ) -> None:
         split = SplitUNet(pipeline.unet, cut)
         self.identity: Mapping[str, Any] = {
             "backend": self.name,
@@ -166,7 +174,7 @@ class TorchEngines:
         self.features = split.features
         self.dtype = pipeline.unet.dtype
         self.device = pipeline.unet.device
-        self.capturable = self.device.type == "cuda"
+        self.capturable = capturable and self.device.type == "cuda"
         self._split = split
         self._pipeline = pipeline
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from encache.runtime.files import write_atomically
+from encache.files import write_atomically
 
 #: Key of the JSON text in a PNG's metadata.
 METADATA_KEY = "encache"

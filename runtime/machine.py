@@ -3,8 +3,15 @@
 import datetime
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+#: Whose versions decide a measurement, as far as they are installed.
+_PACKAGES = (
+    *("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt_rtx_cu13_libs", "tensorrt", "tomesd", "DeepCache"),
+)
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -20,8 +27,10 @@ def describe_machine() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()
-    for package in ("torch", "diffusers", "onnxruntime"):
-        description[package] = version(package)
+        description["cuda"] = str(torch.version.cuda)
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            description[package] = version(package)
     return description
 
 

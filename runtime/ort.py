@@ -60,6 +60,12 @@ class _Session:
             raise EngineError(
                 f"ONNX Runtime cannot open {folder / graph}: {error}. {REBUILD}"
             ) from error
+        if stream and self._session.get_providers()[0] != _ON_GPU:
+            raise EngineError(
+                "onnxruntime-gpu cannot use this GPU: its CUDA libraries do not load, and the "
+                "reason is above. Install the CUDA and cuDNN that it names, or onnxruntime "
+                "instead of it."
+            )
 
     def width_of(self, output: str) -> int:
         """The last dimension of an output."""

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from encache.errors import EncacheError
 from encache.export.build import Request, build_engines, default_dtype
+from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import read_manifest
-from encache.export.target import Target
+from encache.export.target import Target, make_target
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
@@ -62,11 +63,22 @@ class EncachePipeline:
 
     @classmethod
     def from_pipe(
-        cls, pipeline: "StableDiffusionPipeline", cut: Cut = DEFAULT_CUT
+        cls,
+        pipeline: "StableDiffusionPipeline",
+        cut: Cut = DEFAULT_CUT,
+        *,
+        capturable: bool = False,
     ) -> "EncachePipeline":
-        """Wrap a diffusers pipeline; its modules are shared, not copied or changed."""
+        """Wrap a diffusers pipeline; its modules are shared, not copied or changed.
+
+        Args:
+            pipeline: what to wrap.
+            cut: where its UNet is cut.
+            capturable: on a GPU, run equal calls as a CUDA graph from the second on. It does not
+                follow later changes of the pipeline's modules, such as a LoRA.
+        """
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
-        engines = TorchEngines(pipeline, cut)
+        engines = TorchEngines(pipeline, cut, capturable=capturable)
         return cls(engines, pipeline.tokenizer, pipeline.scheduler, spec)
 
     @classmethod
@@ -89,7 +101,8 @@ class EncachePipeline:
             cut: where the UNet is cut.
             backend: "torch", "onnxruntime", "tensorrt-rtx" or "tensorrt".
             dtype: "fp32" or "fp16"; by default fp32, and fp16 for TensorRT.
-            target: what to compile TensorRT engines for.
+            target: what to compile TensorRT engines for; by default one guided picture of the
+                model's own size, on this machine's GPU.
             engine_dir: where engine folders are found and built.
 
         Raises:
@@ -99,6 +112,8 @@ class EncachePipeline:
         dtype = dtype or default_dtype(backend)
         if backend == "torch":
             return cls.from_checkpoint(checkpoint, cut, dtype)
+        if backend in TENSORRT_BACKENDS and target is None:
+            target = make_target(checkpoint, backend, cut)
         request = Request(checkpoint, cut, dtype, backend, target)
         return cls.from_engines(build_engines(request, Path(engine_dir)))
 
@@ -108,7 +123,8 @@ class EncachePipeline:
         if dtype not in TORCH_DTYPES:
             raise EncacheError(f"There is no {dtype!r}. Choose one of {', '.join(TORCH_DTYPES)}.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls.from_pipe(load_pipeline(checkpoint, TORCH_DTYPES[dtype]).to(device), cut)
+        pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype]).to(device)
+        return cls.from_pipe(pipeline, cut, capturable=True)
 
     @classmethod
     def from_single_file(cls, path: str | Path, **options: Any) -> "EncachePipeline":
@@ -208,14 +224,14 @@ class EncachePipeline:
         )
         guidance = (guidance_scale if guided else None, guidance_rescale)
         try:
-            result = self._sample(plan, noise, text, guidance, callback_on_step_end)
+            latents = self._sample(plan, noise, text, guidance, callback_on_step_end)
+            images = self.decode(latents, output_type)
         except torch.OutOfMemoryError as error:
             raise EncacheError(
                 f"The GPU's memory does not hold a batch of {plan.longest_decode * rows} rows "
                 f"({plan.longest_decode} calls): lower max_decode_batch (--max-decode-batch), to "
                 f"{rows} at the least, or make fewer or smaller pictures at once."
             ) from error
-        images = self.decode(result, output_type)
         if not return_dict:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
@@ -364,7 +380,7 @@ def refuse_beyond(target: Target, rows: int, height: int, width: int) -> None:
             raise EncacheError(
                 f"These engines were compiled for {name} {span}, not {size} (rows are pictures, "
                 "times two with guidance). Export them again with another --batch, --height or "
-                "--width, or use --backend onnxruntime."
+                "--width, or export for onnxruntime, which takes any."
             )
 
 

@@ -182,7 +182,7 @@ def _calls_within(max_decode_batch: int | None, rows_per_call: int) -> int | Non
     return max_decode_batch // rows_per_call
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _make_plan(
     scheduler_class: Any,
     config: str,

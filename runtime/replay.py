@@ -1,9 +1,14 @@
 """A function of tensors as a CUDA graph: the host launches all its kernels at once."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Replay:
@@ -16,18 +21,39 @@ class Replay:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
+        self._failed = False
+
+    @property
+    def captured(self) -> bool:
+        """Whether the next call is a replay."""
+        return self._graph is not None
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """The function's value; the arguments must have the shapes of the first call."""
-        if not self._warm:
-            self._warm = True
-            return self._function(*arguments)
+        if self._warm and not self.captured and not self._failed:
+            self._capture(arguments)
         if self._graph is None:
-            self._arguments = [one.clone() for one in arguments]
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result = self._function(*self._arguments)
+            value = self._function(*arguments)
+            self._warm = True
+            return value
         for place, one in zip(self._arguments, arguments, strict=True):
             place.copy_(one)
         self._graph.replay()
-        return self._result.clone()
+        return self._value.clone()
+
+    def _capture(self, arguments: tuple[Tensor, ...]) -> None:
+        self._arguments = [one.clone() for one in arguments]
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=_pool()):
+                self._value = self._function(*self._arguments)
+            self._graph = graph
+        except RuntimeError as error:  # too little memory, or something that cannot be captured
+            self._failed = True
+            logger.warning("no CUDA graph, so runs are launched one by one: %s", error)
+
+
+@cache
+def _pool() -> Any:
+    """One pool of memory for all graphs: they run one at a time, and each value is copied out."""
+    return torch.cuda.graph_pool_handle()

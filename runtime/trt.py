@@ -1,7 +1,7 @@
 """The TensorRT backends: engines that share one scratch memory and run on the current stream."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from encache.errors import EngineError
 from encache.export.library import describe_library, load_library
 from encache.export.manifest import ENGINE, REBUILD, Identity, Manifest, read_verified
 from encache.export.target import local_compute_capability
+from encache.files import write_atomically
 from encache.runtime.engines import GraphEngines
-from encache.runtime.files import write_atomically
 
 
 def open_tensorrt(folder: Path, manifest: Manifest) -> GraphEngines:
@@ -58,6 +58,7 @@ def refuse_elsewhere(folder: Path, identity: Identity) -> None:
 
 def _refuse_too_little_memory(folder: Path, manifest: Manifest) -> None:
     """Before anything is loaded: weights of all engines, and the largest scratch memory."""
+    torch.cuda.empty_cache()  # what PyTorch holds for later counts as used
     weights = sum(one.size for name, one in manifest.files.items() if name.endswith(ENGINE))
     needed = weights + max(manifest.scratch_bytes.values())
     free, _ = torch.cuda.mem_get_info()
@@ -69,10 +70,13 @@ def _refuse_too_little_memory(folder: Path, manifest: Manifest) -> None:
 
 
 class _Engine:
-    """One engine with its execution context.
+    """One engine, with an execution context for each set of input shapes.
 
-    TensorRT-RTX finishes engines for the GPU at hand when they are opened; what it made is kept
-    beside the folder, for the next time.
+    A context that is part of a CUDA graph must not change its shapes, and its first run after such
+    a change cannot be captured.
+
+    TensorRT-RTX finishes engines for the GPU at hand when it first meets a shape; what it made is
+    kept beside the folder, for the next time.
     """
 
     def __init__(self, runtime: Any, folder: Path, manifest: Manifest, graph: str) -> None:
@@ -86,7 +90,14 @@ class _Engine:
                 f"{manifest.identity.backend} cannot open {folder / graph}; its reason is above. "
                 f"Update the NVIDIA driver, or compile anew: {REBUILD}"
             )
-        self._context = self._open_context(folder.with_name(f"{folder.name}.{graph}.jit"))
+        self._contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._stream = torch.cuda.Stream()
+        self._config = self._engine.create_runtime_config()
+        strategies = self._library.ExecutionContextAllocationStrategy
+        self._config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
+        folder = folder.resolve()
+        self._kernels_path = folder.with_name(f"{folder.name}.{graph}.kernels")
+        self._kernels = self._open_kernels()
 
     @property
     def scratch_bytes(self) -> int:
@@ -96,7 +107,6 @@ class _Engine:
     def use_scratch(self, scratch: Tensor) -> None:
         """Run in this memory from now on."""
         self._scratch = scratch
-        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
 
     def width_of(self, output: str) -> int:
         """The last dimension of an output."""
@@ -108,41 +118,73 @@ class _Engine:
         Raises:
             EngineError: a shape was not compiled for.
         """
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
+        known = shapes in self._contexts
+        if not known:
+            self._contexts[shapes] = self._open_context(inputs)
+        context = self._contexts[shapes]
+        bound = {name: aligned(tensor) for name, tensor in {**inputs, **outputs}.items()}
+        for name, tensor in bound.items():
+            context.set_tensor_address(name, tensor.data_ptr())
+        with _off_the_default(self._stream) as stream:
+            if not context.execute_async_v3(stream.cuda_stream):
+                raise EngineError(f"{self._graph} could not run; the library's reason is above.")
+        for name, tensor in outputs.items():
+            if bound[name] is not tensor:
+                tensor.copy_(bound[name])
+        if not known:
+            self._keep_kernels()
+
+    def _open_context(self, inputs: Mapping[str, Tensor]) -> Any:
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise EngineError(
+                f"{self._graph} could not be prepared to run, often for want of GPU memory; the "
+                "library's reason is above. Close other programs and try again."
+            )
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         for name, tensor in inputs.items():
-            if not self._context.set_input_shape(name, tuple(tensor.shape)):
+            if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(
                     f"{self._graph} was not compiled for {name} of shape {list(tensor.shape)}. "
                     "Export it again for this --batch, --decode-batch, --height and --width."
                 )
-        bound = {name: _aligned(tensor) for name, tensor in {**inputs, **outputs}.items()}
-        for name, tensor in bound.items():
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise EngineError(f"{self._graph} could not run; the library's reason is above.")
-        for name, tensor in outputs.items():
-            if bound[name] is not tensor:
-                tensor.copy_(bound[name])
-
-    def _open_context(self, cache_path: Path) -> Any:
-        config = self._engine.create_runtime_config()
-        strategies = self._library.ExecutionContextAllocationStrategy
-        config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
-        if not hasattr(config, "create_runtime_cache"):  # standard TensorRT compiled everything
-            return self._engine.create_execution_context(config)
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            self._library.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
-        cache = config.create_runtime_cache()
-        # The library itself refuses what it did not make for this GPU, driver and version.
-        known = cache_path.is_file() and cache.deserialize(cache_path.read_bytes())
-        config.set_runtime_cache(cache)
-        context = self._engine.create_execution_context(config)
-        if not known:
-            with suppress(OSError):  # a folder may be read-only; the next start is slow again
-                write_atomically(cache_path, bytes(cache.serialize()))
         return context
 
+    def _open_kernels(self) -> Any | None:
+        """TensorRT-RTX's cache of finished kernels; standard TensorRT finished all at build."""
+        if not hasattr(self._config, "create_runtime_cache"):
+            return None
+        self._config.dynamic_shapes_kernel_specialization_strategy = (
+            self._library.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        kernels = self._config.create_runtime_cache()
+        if self._kernels_path.is_file():
+            # The library itself refuses what it did not make for this GPU, driver and version.
+            kernels.deserialize(self._kernels_path.read_bytes())
+        self._config.set_runtime_cache(kernels)
+        return kernels
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it at an address that TensorRT takes."""
-    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 256 == 0 else tensor.clone()
+    def _keep_kernels(self) -> None:
+        if self._kernels is not None:
+            with suppress(OSError):  # a folder may be read-only; the next start is slow again
+                write_atomically(self._kernels_path, bytes(self._kernels.serialize()))
+
+
+@contextmanager
+def _off_the_default(stream: torch.cuda.Stream) -> Iterator[torch.cuda.Stream]:
+    """The current stream, or `stream` in its order: TensorRT waits for all of the GPU otherwise."""
+    current = torch.cuda.current_stream()
+    if current != torch.cuda.default_stream():
+        yield current
+        return
+    stream.wait_stream(current)
+    yield stream
+    current.wait_stream(stream)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it as TensorRT reads it: contiguous, at a multiple of 256 bytes."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 256 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -11,8 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from encache.errors import EngineError
-from encache.export import library
-from encache.export.build import Request, find_engines
+from encache.export import library, target
+from encache.export.build import Request, find_covering_engines, find_engines
 from encache.export.cli import main
 from encache.export.graphs import pipeline_graphs
 from encache.export.library import describe_library, load_library
@@ -22,6 +22,8 @@ from encache.export.trt import Compiler, profile
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import ImageSpec
 from encache.runtime import trt
+from encache.runtime.bench_cli import main as bench
+from encache.runtime.cli import main as run
 from encache.runtime.pipeline import EncachePipeline
 from tests.conftest import make_pipeline
 
@@ -103,7 +105,8 @@ def test_profiles_follow_the_target():
 def test_wider_engines_serve_a_narrower_request(compiled):
     narrow = Target(describe_library(RTX), ("8.9",), (2, 2), 3, (64, 64), (96, 96))
     request = Request(find_checkpoint(), "up2", "fp16", RTX, narrow)
-    assert find_engines(request, compiled.parent) == compiled
+    assert find_covering_engines(request, compiled.parent) == compiled
+    assert find_engines(request, compiled.parent) is None  # who asks for narrow ones gets them
     for changes in (
         {"rows": (2, 8)},
         {"decode_calls": 11},
@@ -112,8 +115,8 @@ def test_wider_engines_serve_a_narrower_request(compiled):
         {"library": "tensorrt-rtx 1.0"},
     ):
         other = replace(request, target=replace(narrow, **changes))
-        assert find_engines(other, compiled.parent) is None
-    assert find_engines(replace(request, cut="mid"), compiled.parent) is None
+        assert find_covering_engines(other, compiled.parent) is None
+    assert find_covering_engines(replace(request, cut="mid"), compiled.parent) is None
 
 
 def test_scratch_memory_follows_the_largest_sizes(fp16_folder):
@@ -126,6 +129,18 @@ def test_scratch_memory_follows_the_largest_sizes(fp16_folder):
         for calls in (1, 16)
     )
     assert small.scratch_bytes < large.scratch_bytes
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache")  # TensorRT-RTX takes one, to no effect
+def test_a_timing_cache_is_written_and_read(fp16_folder, tmp_path):
+    graph, spec = graphs_of("up2")[0][2], graphs_of("up2")[1]
+    shapes = profile(graph, Target("any", ("8.9",), (2, 2), 1, (16, 16), (16, 16)), spec)
+    path, sizes = tmp_path / "cache.timing", []
+    for _ in range(2):
+        Compiler(RTX, fp16_folder / graph.name / ONNX).compile(shapes, ["8.9"], path)
+        sizes.append(path.stat().st_size)
+    assert sizes[0] == sizes[1] > 0
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @NO_GPU
@@ -148,6 +163,26 @@ def test_another_gpu_or_version_is_refused(compiled, monkeypatch):
         trt.refuse_elsewhere(compiled, older)
     with pytest.raises(EngineError, match="does not say"):
         trt.refuse_elsewhere(compiled, replace(identity, target=None))
+
+
+def test_a_gpu_that_is_not_compiled_for_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(target, "local_compute_capability", lambda: "9.0")
+    options = ["--prompt", "x", "--backend", RTX, "--engine-dir", str(tmp_path)]
+    for command, arguments in ((main, options[2:]), (run, options), (bench, options[2:])):
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 1, result.output
+        assert "not for 9.0. Try --backend tensorrt" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_tensorrt_cannot_read_are_copied():
+    plain = torch.randn(2, 4, 8, 8)
+    crooked = [plain[:, :, 1:], plain.to(memory_format=torch.channels_last), plain[1:, 1:]]
+    for tensor in crooked:
+        ours = trt.aligned(tensor)
+        assert ours.is_contiguous()
+        assert ours.data_ptr() % 64 == 0  # as far as the CPU's allocator goes
+        torch.testing.assert_close(ours, tensor, rtol=0, atol=0)
 
 
 def test_an_altered_engine_is_refused(compiled, tmp_path):

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from encache.runtime.bench import matrix_peak
+from encache.runtime.bench import matrix_peak, measure
 from encache.runtime.bench_cli import main
 from encache.runtime.contenders import Task, assemble
 from encache.runtime.pipeline import EncachePipeline
@@ -40,6 +41,7 @@ def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
         assert steps / 6 * full["gflop"] <= cached["gflop"] < (steps + 1) / 6 * full["gflop"]
         parts = cached["parts"]
         assert set(parts) == {"encode_text", "encode", "decode", "decode_latents", "outside"}
+        assert all(seconds >= 0 for seconds in parts.values())
         assert cached["spread"][0] <= cached["seconds"] <= cached["spread"][1]
         assert cached["tflops"] == pytest.approx(cached["gflop"] * 2 / cached["seconds"] / 1e3)
     assert "onnxruntime, cut up2, stride 3" in result.stdout
@@ -62,6 +64,52 @@ def test_every_full_sampler_draws_the_same(pipeline, up2_folder):
         torch.testing.assert_close(picture, full[0], rtol=1e-3, atol=1e-3)
     cached = next(one for one in contenders if one.sampling == "cut up2, stride 2")
     assert (cached.draw(noise) - full[0]).abs().max() > 1e-3
+
+
+def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
+    calls = {}
+
+    class Counted:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, *arguments):
+            calls[self] = calls.get(self, 0) + 1
+            return self.function(*arguments)
+
+    def open_backend(backend, cut):
+        ours = EncachePipeline.from_pipe(pipeline, cut)
+        ours.engines.capturable = True
+        return ours
+
+    monkeypatch.setattr("encache.runtime.pipeline.Replay", Counted)
+    policies = {f"stride {n}": {"stride": n} for n in (2, 3)}
+    task = Task("red apple", 4, 7.5, None, None, 1, policies)
+    contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "out"], task, False)
+    ours = [one for one in contenders if one.backend == "torch"]
+    measure(contenders, task.draw_noises(pipeline, 3), [1], peak_tflops=1.0)
+    # Three draws warm up, three are timed, always by the same graph.
+    assert sorted(calls.values()) == [6] * len(ours)
+
+
+def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
+    task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    contenders, _ = assemble(
+        pipeline,
+        lambda _, cut: EncachePipeline.from_pipe(pipeline, cut),
+        ["torch"],
+        ["up2"],
+        task,
+        False,
+    )
+
+    def fail(_):
+        raise torch.OutOfMemoryError("too much")
+
+    contenders.append(replace(contenders[0], backend="greedy", draw=fail))
+    rows, failures = measure(contenders, task.draw_noises(pipeline, 1), [1], peak_tflops=1.0)
+    assert failures == {"greedy, 2 steps, batch 1": "too much"}
+    assert len(rows) == len(contenders) - 1
 
 
 def test_a_peer_that_is_missing_is_named(model_folder, monkeypatch):

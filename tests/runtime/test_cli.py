@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from encache.runtime import files
+from encache import files
 from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
