@@ -158,14 +158,12 @@ def _convergence() -> Question:
 def _variant(name: str, own: bool) -> Question:
     """A fine-tuned model beside itself or beside the model that it was made from."""
     full = plain(50, model=name)
-    mid, out = replace(full, cut="mid"), replace(full, cut="out")
+    mid, out = replace(full, cut="mid", stride=10), replace(full, cut="out")
     cached = [
-        replace(mid, blend="reuse", stride=10),
-        *(replace(mid, stride=n) for n in (5, 10)),
-        *(replace(out, stride=n) for n in (3, 5, 10)),
+        *(replace(mid, blend=blend) for blend in ("reuse", "extrapolate")),
+        *(replace(out, stride=n) for n in (5, 10)),
     ]
-    fewer = [plain(n, model=name) for n in (17, 10, 5)]
-    return full if own else plain(50), full, [full, *cached, *fewer]
+    return full if own else plain(50), full, [full, *cached]
 
 
 def weights_of(variant: str) -> Path:
