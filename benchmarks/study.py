@@ -97,12 +97,8 @@ def questions(variants: Sequence[str]) -> dict[str, Question]:
         "where to cut": (full, full, _strided(full, CUTS, (5, 10))),
         "which blend": (full, full, _blends(full)),
         "prior noise": (full, full, _prior_noise(full)),
-        "few DDIM steps": (few, few, [few, *_strided(few, DEEP, (2, 3, 5))]),
-        "few DPM-Solver++ steps": (
-            few_dpm,
-            few_dpm,
-            [few_dpm, *_strided(few_dpm, DEEP, (2, 3, 5))],
-        ),
+        "few DDIM steps": (few, few, _few(few)),
+        "few DPM-Solver++ steps": (few_dpm, few_dpm, _few(few_dpm)),
         "the same start": _same_start(),
         "against convergence": _convergence(),
         **{f"{one} against its own full run": _variant(one, own=True) for one in variants},
@@ -138,6 +134,12 @@ def _strided(full: Setting, cuts: Sequence[Cut], strides: Sequence[int]) -> list
     return [replace(full, cut=cut, stride=n) for cut, n in product(cuts, strides)]
 
 
+def _few(full: Setting) -> list[Setting]:
+    ahead = replace(full, blend="interpolate")
+    strides = (2, 3, 5)
+    return [full, *_strided(full, DEEP, strides), *_strided(ahead, ["out"], strides)]
+
+
 def _same_start() -> Question:
     """Fewer steps once more, with timesteps that begin at the same one for any number.
 
@@ -145,7 +147,9 @@ def _same_start() -> Question:
     the same noise leads to another picture; "trailing" ones always begin at the last.
     """
     full = plain(50, model=TRAILING)
-    return full, full, [full, *_strided(full, ["out"], (2, 3, 5, 10))]
+    ahead = replace(full, blend="interpolate")
+    cached = [*_strided(full, ["out"], (2, 3, 5, 10)), *_strided(ahead, ["out"], (2, 3, 5))]
+    return full, full, [full, *cached]
 
 
 def _convergence() -> Question:
