@@ -57,6 +57,18 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(list(filled), zip(*filled.values(), strict=True))
 
 
+def models_table(models: Mapping[str, Sequence[Row]]) -> str:
+    """One row per model, one column per setting that the fine-tuned ones share."""
+    *_, last = models.values()
+    wanted = [short_name(row) for row in last]
+    rows = []
+    for model, found in models.items():
+        by_name = {short_name(row): row for row in found}
+        cells = [by_name.get(name, {}).get("latent_error") for name in wanted]
+        rows.append((model, *map(interval, cells)))
+    return markdown(["model", *wanted], rows)
+
+
 def features_table(models: Mapping[str, Any]) -> str:
     """Sizes against the shipped model's, and changes."""
     shipped = models["shipped"]["mean_square"]
@@ -120,13 +132,6 @@ def lines_of(
     return {name: list(points.values()) for name, points in lines.items()}
 
 
-def extrapolated_at(cut: str) -> Callable[[Row], str | None]:
-    """One label for the rows that extrapolate at this cut."""
-    return lambda row: (
-        cut if not row["plain"] and (row["cut"], row["blend"]) == (cut, "extrapolate") else None
-    )
-
-
 def share(row: Row) -> float:
     """Of the full sampler's arithmetic."""
     return row["share"]
@@ -165,20 +170,17 @@ def main() -> None:
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
         plot(lines, "stride", PLOTS / f"blends-{cut}.svg", logarithmic=True)
-    variants = study["protocol"]["training"]["variants"]
-    for reference in ("its own full run", "the shipped model"):
-        questions = {name: answers.get(f"{name} against {reference}", []) for name in variants}
-        for cut in ("mid", "out"):
-            lines = {
-                name: points
-                for name, rows in {"shipped": extrapolated, **questions}.items()
-                for points in lines_of(rows, extrapolated_at(cut), stride).values()
-            }
-            name = f"models-{cut}-{reference.split()[1]}.svg"
-            plot(lines, "stride", PLOTS / name, logarithmic=True)
     page = PAGE.read_text()
+    variants = [
+        name for name in study["protocol"]["training"]["variants"] if name in study["features"]
+    ]
     for name, rows in answers.items():
-        page = fill(page, name, table(rows))
+        if not name.startswith(tuple(variants)):
+            page = fill(page, name, table(rows))
+    shipped = [*answers["where to cut"], *answers["which blend"]]
+    for reference in ("its own full run", "the shipped model"):
+        models = {name: answers[f"{name} against {reference}"] for name in variants}
+        page = fill(page, f"against {reference}", models_table({"shipped": shipped, **models}))
     page = fill(page, "features", features_table(study["features"]))
     PAGE.write_text(page)
 
