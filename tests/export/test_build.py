@@ -11,16 +11,18 @@ from pathlib import Path
 
 import onnx
 import pytest
+from diffusers import AutoencoderTiny
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from encache.errors import EngineError
 from encache.export import build, graphs, manifest
 from encache.export.build import Request, build_engines
-from encache.export.graphs import pipeline_graphs
+from encache.export.graphs import pipeline_graphs, write_onnx
 from encache.export.manifest import MANIFEST, read_manifest
 from encache.export.parity import measure_parity
 from encache.model.checkpoint import find_checkpoint
+from encache.model.features import ImageSpec
 from encache.runtime.pipeline import EncachePipeline
 
 
@@ -100,6 +102,19 @@ def test_parity_notices_a_wrong_graph(up2_folder, pipeline):
     assert measure_parity(graph, path, 8) < 1e-5
     pipeline.unet.conv_out.weight.data *= 1.01
     assert measure_parity(graph, path, 8) > 1e-3
+
+
+def test_a_tiny_autoencoder_in_the_place_of_the_large_one(pipeline, tmp_path):
+    pipeline.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    assert ImageSpec.of(pipeline.unet.config, pipeline.vae.config).downscale == 2
+    picture = pipeline_graphs(pipeline, "out")[-1]
+    path = write_onnx(picture, tmp_path, {"B": 2, "K": 1, "M": 1, "h": 16, "w": 16})
+    assert measure_parity(picture, path, 8) < 1e-5
 
 
 @pytest.mark.usefixtures("only_text_encoder")
