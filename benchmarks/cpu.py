@@ -13,7 +13,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -24,32 +23,13 @@ from encache.export.build import Request, build_engines
 from encache.model.arithmetic import count_arithmetic
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import CUTS
+from encache.model.random_weights import SD15_UNET, SD15_VAE
+from encache.runtime.bench import TimedEngines
 from encache.runtime.machine import describe_machine
 from encache.runtime.pipeline import EncachePipeline
 
 STEPS = 50
 STRIDE = 10
-
-
-class TimedEngines:
-    """Adds up the seconds spent inside another engine pair, by method."""
-
-    def __init__(self, engines):
-        self._engines = engines
-        self.seconds = defaultdict(float)
-
-    def __getattr__(self, name):
-        attribute = getattr(self._engines, name)
-        if not callable(attribute):
-            return attribute
-
-        def timed(*arguments):
-            start = time.perf_counter()
-            result = attribute(*arguments)
-            self.seconds[name] += time.perf_counter() - start
-            return result
-
-        return timed
 
 
 def make_sd15_shape(folder: Path) -> Checkpoint:
@@ -58,14 +38,8 @@ def make_sd15_shape(folder: Path) -> Checkpoint:
     torch.manual_seed(0)
     length = default.tokenizer.model_max_length
     pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-        ),
+        unet=UNet2DConditionModel(**SD15_UNET),
+        vae=AutoencoderKL(**SD15_VAE),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(hidden_size=768, num_attention_heads=12, max_position_embeddings=length)
         ),
@@ -96,7 +70,7 @@ def timed_image(
     )
     seconds = time.perf_counter() - start
     pipeline.engines = original
-    return {"seconds": seconds, **timed.seconds}
+    return {"seconds": seconds, **timed.seconds()}
 
 
 def measure(checkpoint: Checkpoint, cut: str, size: int, repeats: int, engine_dir: Path) -> dict:

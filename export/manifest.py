@@ -94,6 +94,11 @@ class Manifest:
     build_seconds: float
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the folder's graphs: every one was checked."""
+        return tuple(self.parity)
+
     def write(self, folder: Path) -> None:
         """Write manifest.json; it must be the last file of the folder."""
         data = asdict(self)

@@ -68,7 +68,7 @@ class Compiler:
 
     def __init__(self, backend: str, path: Path) -> None:
         self._library = load_library(backend)
-        self._name = f"{describe_library(backend)} cannot"
+        self._name = describe_library(backend)
         self._logger = _make_logger(self._library)
         self._builder = self._library.Builder(self._logger)
         flag = self._library.NetworkDefinitionCreationFlag.STRONGLY_TYPED
@@ -78,7 +78,7 @@ class Compiler:
         if not self._parser.parse_from_file(str(path)):
             errors = map(self._parser.get_error, range(self._parser.num_errors))
             reasons = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors)
-            raise EngineError(f"{self._name} read {path}: {reasons}")
+            raise EngineError(f"{self._name} cannot read {path}: {reasons}")
         self._let_attention_decompose()
 
     @property
@@ -131,7 +131,7 @@ class Compiler:
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
         engine = self._builder.build_serialized_network(self.network, config)
         if engine is None:
-            raise EngineError(f"{self._name} compile the graph: {self._logger.complaint}.")
+            raise EngineError(f"{self._name} cannot compile the graph: {self._logger.complaint}.")
         if timing_cache:
             write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
         return Compiled(engine, self._logger.scratch_bytes)

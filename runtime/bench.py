@@ -84,7 +84,8 @@ def measure(
             for one, times in seconds.items():
                 times.append(_timed(one, noise[:batch]))
         for one, times in seconds.items():
-            per_picture = statistics.median(times) / batch
+            median = statistics.median(times)
+            per_picture = median / batch
             baseline = rows[0].seconds / rows[0].batch if rows else per_picture
             tflops = one.gflop / per_picture / 1e3 if one.gflop else None
             row = Row(
@@ -92,7 +93,7 @@ def measure(
                 sampling=one.sampling,
                 device=str(one.device),
                 batch=batch,
-                seconds=statistics.median(times),
+                seconds=median,
                 spread=(min(times), max(times)),
                 pictures_per_second=1 / per_picture,
                 speed=baseline / per_picture,

@@ -62,12 +62,9 @@ class Engines(Protocol):
 def allocate_ring(
     engines: Engines, num_slots: int, batch: int, height: int, width: int
 ) -> list[Tensor]:
-    """One zeroed tensor [M, B, C, h', w'] per feature.
-
-    Zeroed, because a blend multiplies slots that are not filled yet by zero, and 0 * NaN is NaN.
-    """
+    """One tensor [M, B, C, h', w'] per feature, not yet cleared."""
     return [
-        torch.zeros(
+        torch.empty(
             num_slots,
             *feature.shape(batch, height, width),
             dtype=engines.dtype,

@@ -28,7 +28,7 @@ def open_onnxruntime(folder: Path, manifest: Manifest) -> GraphEngines:
     """
     gpu = torch.cuda.is_available() and _ON_GPU in onnxruntime.get_available_providers()
     stream = torch.cuda.Stream() if gpu else None
-    graphs = {name: _Session(folder, manifest, name, stream) for name in manifest.parity}
+    graphs = {name: _Session(folder, manifest, name, stream) for name in manifest.graphs}
     return GraphEngines(manifest, graphs, "cuda" if gpu else "cpu", capturable=False)
 
 

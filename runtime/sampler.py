@@ -36,7 +36,7 @@ class Sampling:
         self._guide = guide
         self._ring = allocate_ring(engines, plan.num_slots, num_guided * shape[0], *shape[2:])
         # The history (z, eps_0, ..., eps_{N-1}); the plan's rows are coefficients over it.
-        self._history = torch.zeros(plan.num_calls + 1, *shape, device=engines.device)
+        self._history = torch.empty(plan.num_calls + 1, *shape, device=engines.device)
         self._samples = self._place(plan.samples)
         self._num_calls = plan.num_calls
         self._steps = [
@@ -58,7 +58,7 @@ class Sampling:
         Returns:
             Latents [n, 4, h, w], float32.
         """
-        # What another run left is multiplied by zero, and 0 * NaN is NaN.
+        # What is not filled yet is multiplied by zero, and 0 * NaN is NaN.
         for buffer in (self._history, *self._ring):
             buffer.zero_()
         self._history[0] = noise

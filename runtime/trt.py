@@ -27,7 +27,7 @@ def open_tensorrt(folder: Path, manifest: Manifest) -> GraphEngines:
     _refuse_too_little_memory(folder, manifest)
     library = load_library(manifest.identity.backend)
     runtime = library.Runtime(library.Logger(library.Logger.ERROR))
-    engines = {name: _Engine(runtime, folder, manifest, name) for name in manifest.parity}
+    engines = {name: _Engine(runtime, folder, manifest, name) for name in manifest.graphs}
     # They run one after another, so one block of memory serves all of them.
     most = max(one.scratch_bytes for one in engines.values())
     scratch = torch.empty(most, dtype=torch.uint8, device="cuda")
