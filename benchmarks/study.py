@@ -36,13 +36,13 @@ from encache.files import write_atomically
 from encache.model.checkpoint import default_model, find_checkpoint
 from encache.model.features import CUTS, Cut
 from encache.model.split import SplitUNet
+from encache.model.text import tokenize
 from encache.runtime.blend import Blend
 from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise
 from encache.train.fcr import consistency, mean_square
-from encache.train.text import tokenize
 
 FOLDER = Path("runs/study")
 NUM_IMAGES = 512

@@ -198,14 +198,11 @@ class _Exported:
 
 def _export(request: Request, folder: Path, report: Report) -> _Exported:
     """Write the ONNX graphs with their companions, and check them against PyTorch."""
-    import torch
-
-    from encache.export.graphs import pipeline_graphs, write_onnx
+    from encache.export.graphs import TORCH_DTYPES, pipeline_graphs, write_onnx
     from encache.export.parity import measure_parity
     from encache.export.trt import profile
 
-    dtype = torch.float16 if request.dtype == "fp16" else torch.float32
-    pipeline = load_pipeline(request.checkpoint, dtype)
+    pipeline = load_pipeline(request.checkpoint, TORCH_DTYPES[request.dtype])
     spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
     traced = max(spec.sample_size, 16)  # smaller pictures shrink to one pixel inside the UNet
     graphs = pipeline_graphs(pipeline, request.cut)

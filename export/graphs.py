@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: GroupNormalization and Attention are single operators from opset 21 and 23 on.
 OPSET = 23
+#: By the names of `--dtype`.
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 #: Values of B (batch), K (calls), M (ring slots), h and w (latent size).
 Sizes = Mapping[str, int]

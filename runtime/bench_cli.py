@@ -1,6 +1,5 @@
 """`encache-bench`: what a picture costs here, beside what a user would pick instead."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,11 +98,11 @@ def main(
 
     import torch
 
-    from encache.files import check_writable, write_atomically
+    from encache.export.graphs import TORCH_DTYPES
+    from encache.files import check_writable, write_json
     from encache.model.random_weights import find_sd15_shape
     from encache.runtime.bench import format_table, matrix_peak, measure
     from encache.runtime.contenders import Task, assemble
-    from encache.runtime.engines import TORCH_DTYPES
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.plan import paper_key_calls
@@ -157,4 +156,4 @@ def main(
             "left_out": left_out,
             "rows": [asdict(row) for row in rows],
         }
-        write_atomically(json_path, json.dumps(report, indent=1).encode() + b"\n")
+        write_json(json_path, report)

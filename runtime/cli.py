@@ -1,6 +1,5 @@
 """`encache-run`: from a prompt to pictures, through cached encoder features."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
+    from encache.runtime.plan import Plan
     from encache.runtime.solver import Scheduler
 
 GUIDANCE_SCALE = 7.5
@@ -210,15 +210,7 @@ def main(
     paths = [] if comparing else _picture_paths(output, wanted, seeds)
     target = None
     if source and backend in TENSORRT_BACKENDS:
-        target = make_target(
-            source,
-            backend,
-            cut,
-            rows=(rows_per_call, rows_per_call),
-            decode_calls=min(plan.longest_decode, DECODE_CALLS),
-            height=(height, height) if height else None,
-            width=(width, width) if width else None,
-        )
+        target = _exact_target(source, backend, cut, plan, rows_per_call, height, width)
     pipeline = pipeline or _open(source, cut, dtype, backend, target, engine_dir)
     pipeline.scheduler = solver
     call = {
@@ -287,6 +279,27 @@ def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -
         for index, prompt in enumerate(prompts)
         for seed in seeds
     ]
+
+
+def _exact_target(
+    source: Checkpoint,
+    backend: str,
+    cut: Cut,
+    plan: "Plan",
+    rows: int,
+    height: int | None,
+    width: int | None,
+) -> Target:
+    """What this plan needs and no more: static engines are the fastest."""
+    return make_target(
+        source,
+        backend,
+        cut,
+        rows=(rows, rows),
+        decode_calls=min(plan.longest_decode, DECODE_CALLS),
+        height=(height, height) if height else None,
+        width=(width, width) if width else None,
+    )
 
 
 def _open(
@@ -363,7 +376,7 @@ def _compare(
     policy: dict[str, Any],
     json_path: Path | None,
 ) -> None:
-    from encache.files import write_atomically
+    from encache.files import write_json
     from encache.model.arithmetic import count_arithmetic
     from encache.model.checkpoint import load_pipeline
     from encache.runtime import compare
@@ -396,4 +409,4 @@ def _compare(
             "cut": cut,
             "rows": [asdict(row) for row in rows],
         }
-        write_atomically(json_path, json.dumps(report, indent=2).encode() + b"\n")
+        write_json(json_path, report)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from encache.export.graphs import TORCH_DTYPES
 from encache.export.manifest import Manifest
 from encache.export.target import Target
 from encache.model.features import Cut, Feature
@@ -14,9 +15,6 @@ from encache.model.split import SplitUNet
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class Engines(Protocol):

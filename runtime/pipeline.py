@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from encache.errors import EncacheError
 from encache.export.build import Request, build_engines, default_dtype
+from encache.export.graphs import TORCH_DTYPES
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import read_manifest
 from encache.export.target import Target, make_target
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
+from encache.model.text import tokenize
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import Blend
-from encache.runtime.engines import TORCH_DTYPES, Engines, TorchEngines
+from encache.runtime.engines import Engines, TorchEngines
 from encache.runtime.plan import Decode, Plan, make_plan
 from encache.runtime.replay import Replay
 from encache.runtime.sampler import Guide, Sampling
@@ -285,18 +287,11 @@ class EncachePipeline:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
         length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
         for prompt, ids in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
             if len(ids) > length:
                 lost = self.tokenizer.decode(ids[length - 1 : -1])
                 logger.warning("%r is too long, its end is ignored: %r", prompt[:40], lost)
-        return self.engines.encode_text(tokens.input_ids)
+        return self.engines.encode_text(tokenize(self.tokenizer, prompts))
 
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Turn latents [n, 4, h, w] into pictures of the given type."""

@@ -9,9 +9,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from encache.model.text import tokenize
 from encache.train.diffusion import add_noise, min_snr_weight, weighted_error
 from encache.train.loop import Losses, Recipe, digest, fit, step_generators
-from encache.train.text import make_text_encoder, tokenize
+from encache.train.text import make_text_encoder
 
 RECIPE = Recipe(steps=14_000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
 BATCH_SIZE = 32

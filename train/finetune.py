@@ -17,10 +17,10 @@ from encache import __version__
 from encache.errors import EncacheError
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import ImageSpec
+from encache.model.text import tokenize
 from encache.train.data import Draws, Example, Pictures, Steps, batches
 from encache.train.fcr import FCR, FCRObjective, NoisedBatch
 from encache.train.loop import Recipe, averaged, fit
-from encache.train.text import tokenize
 from encache.train.validation import sample_grid
 
 #: What diffusers' own LoRA training adapts: the projections of every attention.

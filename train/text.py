@@ -1,29 +1,17 @@
-"""Captions as token ids, and the default model's tokenizer and text encoder."""
+"""The default model's tokenizer and text encoder."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 #: Captions are a few words; CLIP's 77 tokens would mostly be padding.
 MAX_TOKENS = 16
 VOCABULARY_SIZE = 1536
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids [len(texts), L], padded or cut as StableDiffusionPipeline does."""
-    return tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
 
 
 def train_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:

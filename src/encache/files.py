@@ -1,8 +1,10 @@
 """Files that are complete or not there at all."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def check_writable(folder: Path) -> None:
@@ -21,3 +23,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write what JSON can hold, a line per value, atomically."""
+    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")

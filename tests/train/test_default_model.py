@@ -9,9 +9,10 @@ from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from encache.model.text import tokenize
 from encache.train import autoencoder, emoji
 from encache.train.cli import main
-from encache.train.text import MAX_TOKENS, tokenize, train_tokenizer
+from encache.train.text import MAX_TOKENS, train_tokenizer
 
 CATEGORY = "Food & Drink"
 
