@@ -84,6 +84,7 @@ _COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "heig
 def main(
     ckpt: str | None,
     base: str | None,
+    loras: tuple[str, ...],
     cut: Cut,
     dtype: str | None,
     backend: str,
@@ -105,7 +106,7 @@ def main(
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
     """
     target = None
-    checkpoint = find_checkpoint(ckpt, base)
+    checkpoint = find_checkpoint(ckpt, base, loras)
     if backend in TENSORRT_BACKENDS:
         check_size(*(height or ()), *(width or ()))
         target = make_target(

@@ -16,6 +16,12 @@ _OPTIONS = (
     ),
     click.option("--base", help="diffusers folder or hub id that completes a .safetensors file."),
     click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        help="FILE.safetensors or FILE.safetensors:SCALE, fused into the weights; repeatable.",
+    ),
+    click.option(
         "--cut",
         type=click.Choice(CUTS),
         default=DEFAULT_CUT,
@@ -29,7 +35,7 @@ _OPTIONS = (
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --ckpt, --base, --cut and --dtype to a command, in this order."""
+    """Add --ckpt, --base, --lora, --cut and --dtype to a command, in this order."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function

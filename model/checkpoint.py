@@ -6,23 +6,22 @@ Finding and fingerprinting a checkpoint needs no torch, so a finished export is 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
 from encache.errors import CheckpointError
 from encache.model.features import ImageSpec
+from encache.model.lora import Lora, find_lora, fuse
+from encache.model.weights import read_header, refuse_pickle
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: The parts of a diffusers folder that reach an image; a safety checker does not.
 _PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -45,15 +44,21 @@ class Checkpoint:
         folder: diffusers folder; None for a single-file checkpoint without one.
         weights: safetensors file whose tensors replace those of the folder.
         holds: "pipeline" for a single-file Stable Diffusion, "unet" for UNet weights alone.
+        loras: fused into the weights, in this order.
     """
 
     folder: Path | None
     weights: Path | None = None
     holds: str = "pipeline"
+    loras: tuple[Lora, ...] = ()
 
     @property
     def name(self) -> str:
         """Short name for folders and reports."""
+        return "+".join((self._model_name, *(lora.path.stem for lora in self.loras)))
+
+    @property
+    def _model_name(self) -> str:
         if self.weights:
             return self.weights.stem
         assert self.folder is not None
@@ -70,7 +75,7 @@ class Checkpoint:
         return str(self.folder.resolve()) if self.folder else None
 
     def files(self) -> Iterator[Path]:
-        """Every file that determines an image, in a stable order."""
+        """Every file of the model that determines an image, in a stable order."""
         if self.folder:
             for part in _PARTS:
                 path = self.folder / part
@@ -82,12 +87,15 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the contents and names of `files`: equal for equal models, wherever."""
+        """sha256 over the files' contents and names: equal for equal models, wherever."""
         total = hashlib.sha256()
         for file in self.files():
             with file.open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
             total.update(file.name.encode())
+        for lora in self.loras:
+            total.update(hashlib.sha256(lora.path.read_bytes()).digest())
+            total.update(f"lora {lora.scale}".encode())
         return total.hexdigest()
 
 
@@ -114,7 +122,11 @@ def _is_loaded(file: Path) -> bool:
     return file.suffix == ".safetensors" and not {".fp16", ".non_ema"} & set(file.suffixes[:-1])
 
 
-def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = None) -> Checkpoint:
+def find_checkpoint(
+    ckpt: str | Path | None = None,
+    base: str | Path | None = None,
+    loras: Sequence[str] = (),
+) -> Checkpoint:
     """Find out what `ckpt` is, without loading it.
 
     Args:
@@ -122,28 +134,25 @@ def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = No
             default model.
         base: diffusers folder or hub id that completes a `.safetensors` file. UNet weights that
             name their base in their header do not need it.
+        loras: LoRA files, each as FILE or FILE:SCALE.
 
     Raises:
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
     """
-    if ckpt is None:
-        return find_checkpoint(default_model(), base)
+    found = _find_weights(default_model() if ckpt is None else ckpt, base)
+    return replace(found, loras=tuple(find_lora(one) for one in loras))
+
+
+def _find_weights(ckpt: str | Path, base: str | Path | None) -> Checkpoint:
     path = Path(ckpt).expanduser()
-    if path.suffix in _PICKLES:
-        raise CheckpointError(
-            f"{path} is a pickle, and reading a pickle runs whatever code is in it. Convert it in "
-            'a sandbox: python -c "import sys, torch; from safetensors.torch import save_file; '
-            "d = torch.load(sys.argv[1], weights_only=True); d = d.get('state_dict', d); "
-            "save_file({k: v.contiguous() for k, v in d.items() if hasattr(v, 'shape')}, "
-            f'sys.argv[2])" {path} {path.with_suffix(".safetensors")}'
-        )
+    refuse_pickle(path)
     if not path.is_file():
         if base is not None:
             raise CheckpointError(f"{ckpt} is complete in itself; leave out --base {base}.")
         return Checkpoint(_find_folder(ckpt))
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
-    names, metadata = _read_header(path)
+    names, metadata = read_header(path)
     if any(name.startswith("model.diffusion_model.") for name in names):
         return Checkpoint(_find_folder(base) if base else None, path, "pipeline")
     if not {"conv_in.weight", "conv_out.weight"} <= names:
@@ -160,14 +169,6 @@ def find_checkpoint(ckpt: str | Path | None = None, base: str | Path | None = No
         )
     default = base == DEFAULT_MODEL_NAME
     return Checkpoint(_find_folder(default_model() if default else base), path, "unet")
-
-
-def _read_header(path: Path) -> tuple[set[str], dict[str, str]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return set(file.keys()), file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({error}).") from error
 
 
 def _find_folder(folder: str | Path) -> Path:
@@ -265,6 +266,8 @@ def load_pipeline(
         ) from error
     if checkpoint.weights and not single_file:
         _lay_over(pipeline.unet, checkpoint)
+    for lora in checkpoint.loras:
+        fuse(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -148,6 +148,7 @@ def main(
     max_decode_batch: int | None,
     ckpt: str | None,
     base: str | None,
+    loras: tuple[str, ...],
     cut: Cut,
     dtype: str | None,
     backend: str,
@@ -178,7 +179,7 @@ def main(
     check_size(*(side for side in (height, width) if side))
     dtype = dtype or default_dtype(backend)
     seeds = range(seed, seed + (repeats if comparing else num_images))
-    source = None if one_folder else find_checkpoint(ckpt, base)
+    source = None if one_folder else find_checkpoint(ckpt, base, loras)
     pipeline = None
     folder = source.folder if source else engine_dir
     if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
@@ -247,7 +248,11 @@ def _read_prompts(path: Path | None) -> list[str]:
 def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -> None:
     """Options that another one makes meaningless are refused, never ignored."""
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
-    decided = {"ckpt", "base", "cut", "dtype", "backend", "comparing"} if engine_folder else set()
+    decided = (
+        {"ckpt", "base", "loras", "cut", "dtype", "backend", "comparing"}
+        if engine_folder
+        else set()
+    )
     for option in typed_options(decided):
         raise click.UsageError(
             f"{engine_folder} is one engine folder, so {option} cannot be honoured: leave it out, "

@@ -89,6 +89,7 @@ class EncachePipeline:
         model: str | Path | None = None,
         *,
         base: str | Path | None = None,
+        loras: Sequence[str] = (),
         cut: Cut = DEFAULT_CUT,
         backend: str = "onnxruntime",
         dtype: str | None = None,
@@ -100,6 +101,7 @@ class EncachePipeline:
         Args:
             model: diffusers folder, hub id, `.safetensors` file, or None for the default model.
             base: what completes a `.safetensors` file.
+            loras: LoRA files, each as FILE or FILE:SCALE, fused into the weights.
             cut: where the UNet is cut.
             backend: "torch", "onnxruntime", "tensorrt-rtx" or "tensorrt".
             dtype: "fp32" or "fp16"; by default fp32, and fp16 for TensorRT.
@@ -110,7 +112,7 @@ class EncachePipeline:
         Raises:
             EncacheError: the model or the engines cannot be used.
         """
-        checkpoint = find_checkpoint(model, base)
+        checkpoint = find_checkpoint(model, base, loras)
         dtype = dtype or default_dtype(backend)
         if backend == "torch":
             return cls.from_checkpoint(checkpoint, cut, dtype)
