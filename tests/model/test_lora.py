@@ -101,7 +101,7 @@ def test_without_peft(loras, monkeypatch):
 
 
 def test_a_picture_drawn_with_a_lora(model_folder, loras, tmp_path):
-    command = ["--ckpt", model_folder, "--backend", "torch", "--steps", 2, "--prompt", "hot dog"]
+    command = ["--ckpt", model_folder, "--backend", "torch", "--steps", 4, "--prompt", "hot dog"]
     pictures = []
     for name, more in (("with", ["--lora", loras[0]]), ("without", [])):
         output = tmp_path / f"{name}.png"
