@@ -166,12 +166,11 @@ def _convergence() -> Question:
 def _variant(name: str, own: bool) -> Question:
     """A fine-tuned model beside itself or beside the model that it was made from."""
     full = plain(50, model=name)
-    mid, out = replace(full, cut="mid", stride=10), replace(full, cut="out")
-    cached = [
-        *(replace(mid, blend=blend) for blend in ("reuse", "extrapolate")),
-        *(replace(out, stride=n) for n in (5, 10)),
-    ]
-    return full if own else plain(50), full, [full, *cached]
+    mid = replace(full, cut="mid", stride=10)
+    at_mid = [replace(mid, blend=blend) for blend in ("reuse", "extrapolate")]
+    if VARIANTS[name].get("--cut") == "out":  # trained for another cut
+        at_mid = []
+    return full if own else plain(50), full, [full, *at_mid, *_strided(full, ["out"], (5, 10))]
 
 
 def weights_of(variant: str) -> Path:

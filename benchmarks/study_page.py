@@ -58,9 +58,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def models_table(models: Mapping[str, Sequence[Row]]) -> str:
-    """One row per model, one column per setting that the fine-tuned ones share."""
-    *_, last = models.values()
-    wanted = [short_name(row) for row in last]
+    """One row per model, one column per setting of the fine-tuned ones."""
+    _, *tuned = models.values()
+    wanted = dict.fromkeys(short_name(row) for rows in tuned for row in rows)
     rows = []
     for model, found in models.items():
         by_name = {short_name(row): row for row in found}
