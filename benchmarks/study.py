@@ -1,10 +1,10 @@
 """The study behind docs/study.md: when does a cached encoder pay, and does FCR help?
 
-    python benchmarks/study.py pictures --emoji-dir runs/emoji/data   # real pictures, captioned
-    python benchmarks/study.py train --emoji-dir runs/emoji/data      # the fine-tuned variants
-    python benchmarks/study.py sample                                 # hours on two cores; resumes
-    python benchmarks/study.py report                                 # benchmarks/study.json
-    python benchmarks/study_page.py                                   # tables and plots
+    python benchmarks/study.py pictures     # real pictures, captioned; fetched with npm
+    python benchmarks/study.py train        # the fine-tuned variants: hours on two cores
+    python benchmarks/study.py sample       # likewise
+    python benchmarks/study.py report       # benchmarks/study.json
+    python benchmarks/study_page.py         # tables and plots
 
 Everything lies in runs/study; a repeated command goes on where it stopped.
 """
@@ -179,9 +179,15 @@ def weights_of(variant: str) -> Path:
 
 
 def write_pictures(emoji_dir: Path) -> None:
-    """The real pictures as a captioned folder, three poses of each."""
-    from encache.train.emoji import CONCEPT_CATEGORIES, load_posed_image, read_emoji
+    """The real pictures as a captioned folder, three poses of each; fetched when missing."""
+    from encache.train.emoji import (
+        CONCEPT_CATEGORIES,
+        fetch_packages,
+        load_posed_image,
+        read_emoji,
+    )
 
+    fetch_packages(emoji_dir)
     folder = FOLDER / "real"
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
