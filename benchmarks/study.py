@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -33,7 +34,7 @@ from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
 from encache.files import write_atomically
-from encache.model.checkpoint import default_model, find_checkpoint
+from encache.model.checkpoint import Checkpoint, default_model, find_checkpoint
 from encache.model.features import CUTS, Cut
 from encache.model.split import SplitUNet
 from encache.model.text import tokenize
@@ -68,8 +69,9 @@ VARIANTS = {
     "cached100-out": {**CACHED, "--fcr-delta-max": "100", "--cut": "out"},
 }
 SHIPPED = "shipped"
-#: The shipped model with "trailing" timesteps.
-TRAILING = "trailing"
+#: The shipped model with "trailing" timesteps; and for DPM-Solver++, which would go on to a noise
+#: level of zero, one that ends where DDIM does.
+TRAILING, TRAILING_DPM = "trailing", "trailing-sigma-min"
 DDIM, DPM = "ddim", "dpmsolver++"
 #: Cuts that save enough to be held against fewer steps.
 DEEP: tuple[Cut, ...] = ("up2", "out")
@@ -158,9 +160,9 @@ def _same_start() -> Question:
 
 def _convergence() -> Question:
     """Errors against the solved differential equation, to which solvers tend from one start."""
-    ddim, dpm = plain(50, DDIM, TRAILING), plain(50, DPM, TRAILING)
+    ddim, dpm = plain(50, DDIM, TRAILING), plain(50, DPM, TRAILING_DPM)
     cached = [replace(one, cut="out", stride=n) for one, n in product((ddim, dpm), (2, 3, 5))]
-    return plain(250, DPM, TRAILING), ddim, [ddim, dpm, *cached]
+    return plain(250, DPM, TRAILING_DPM), ddim, [ddim, dpm, *cached]
 
 
 def _variant(name: str, own: bool) -> Question:
@@ -209,14 +211,16 @@ def train(emoji_dir: Path, wanted: list[str]) -> None:
         subprocess.run([*command, "--train-data-dir", str(emoji_dir)], check=True)
 
 
-def write_trailing(shipped: Path) -> Path:
-    """The shipped model with another scheduler configuration."""
-    folder = FOLDER / TRAILING
-    shutil.copytree(shipped, folder, dirs_exist_ok=True)  # again: weights of old would stay
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = {**json.loads(path.read_text()), "timestep_spacing": "trailing", "steps_offset": 0}
-    path.write_text(json.dumps(config))
-    return folder
+def rescheduled(name: str, **changes: object) -> Checkpoint:
+    """The shipped model with another scheduler configuration, written once."""
+    folder = FOLDER / name
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
+            copy = shutil.copytree(default_model(), Path(temporary, name))
+            path = copy / "scheduler" / "scheduler_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+            copy.rename(folder)
+    return find_checkpoint(folder)
 
 
 def open_evaluation(num_images: int) -> Evaluation:
@@ -224,9 +228,13 @@ def open_evaluation(num_images: int) -> Evaluation:
     gpu = torch.cuda.is_available()
     engines = FOLDER / "engines"
     backend = Backend("torch", device="cuda") if gpu else Backend("onnxruntime", engine_dir=engines)
+    trailing = {"timestep_spacing": "trailing", "steps_offset": 0}
     models = {
         SHIPPED: Model(find_checkpoint(), backend),
-        TRAILING: Model(find_checkpoint(write_trailing(default_model())), backend),
+        TRAILING: Model(rescheduled(TRAILING, **trailing), backend),
+        TRAILING_DPM: Model(
+            rescheduled(TRAILING_DPM, **trailing, final_sigmas_type="sigma_min"), backend
+        ),
     }
     for variant in VARIANTS:
         if weights_of(variant).is_file():
@@ -306,7 +314,7 @@ def features(evaluation: Evaluation) -> dict[str, dict]:
     return {
         name: features_of(model.diffusers, clean, prompts)
         for name, model in evaluation.models.items()
-        if name != TRAILING
+        if name not in (TRAILING, TRAILING_DPM)
     }
 
 
