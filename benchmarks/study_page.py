@@ -144,8 +144,9 @@ def stride(row: Row) -> float:
 
 def uniform(row: Row) -> bool:
     """Whether it is cached, with equal strides and nothing else."""
-    even = row["key_calls"] == list(range(0, row["num_calls"], int(stride(row))))
-    return not row["plain"] and even and not row["prior_noise"]
+    if row["plain"] or row["prior_noise"]:
+        return False
+    return row["key_calls"] == list(range(0, row["num_calls"], int(stride(row))))
 
 
 def main() -> None:

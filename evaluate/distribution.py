@@ -1,6 +1,6 @@
 """How two sets of pictures compare, on their features; and how sure a mean over pictures is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -148,33 +148,35 @@ def retrieval_accuracy(
 
 def bootstrap_interval(
     values: Array,
-    statistic: Callable[..., np.ndarray] = np.mean,
+    groups: Sequence[object] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of a statistic of independent values.
+    """Percentile bootstrap interval (low, high) of the mean.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
 
     Args:
         values: [N].
-        statistic: such as np.mean or np.median; called with an array and an axis.
-        level: share of resampled statistics within the interval.
-        resamples: how often N values are drawn with replacement.
+        groups: N labels. Values of one group, such as pictures of one prompt, depend on each
+            other, so whole groups are drawn; by default, and within a single group, values are.
+        level: share of resampled means within the interval.
+        resamples: how often as many groups as there are are drawn with replacement.
         seed: of the draws.
 
     Raises:
         EncacheError: there are no values.
     """
-    ours = np.asarray(values, dtype=np.float64)
-    drawn = [statistic(ours[one], axis=1) for one in _draws(len(ours), resamples, seed)]
-    return _percentiles(np.concatenate(drawn), level)
+    ones = np.ones(len(values))  # a mean is a ratio of sums
+    _, low, high = bootstrap_ratio(values, ones, groups, level, resamples, seed)
+    return low, high
 
 
 def bootstrap_ratio(
     numerator: Array,
     denominator: Array,
+    groups: Sequence[object] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -185,7 +187,7 @@ def bootstrap_ratio(
 
     Args:
         numerator, denominator: [N], entry i of both from picture i.
-        level, resamples, seed: see `bootstrap_interval`.
+        groups, level, resamples, seed: see `bootstrap_interval`.
 
     Returns:
         (ratio, low, high).
@@ -199,8 +201,11 @@ def bootstrap_ratio(
             f"A paired ratio needs equally many values, got {above.shape} and {below.shape}. "
             "Measure both on the same pictures."
         )
-    drawn = [above[one].mean(1) / below[one].mean(1) for one in _draws(len(above), resamples, seed)]
-    return float(above.mean() / below.mean()), *_percentiles(np.concatenate(drawn), level)
+    if groups is not None and len(set(groups)) > 1:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        above, below = (np.bincount(group, weights=one) for one in (above, below))
+    drawn = [above[one].sum(1) / below[one].sum(1) for one in _draws(len(above), resamples, seed)]
+    return float(above.sum() / below.sum()), *_percentiles(np.concatenate(drawn), level)
 
 
 def _draws(num_values: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

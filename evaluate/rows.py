@@ -1,5 +1,6 @@
 """From measurements to one row per setting: means, intervals, distances, costs."""
 
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -52,6 +53,7 @@ def make_row(
     """
     protocol = evaluation.protocol
     pairs = evaluation.compare_all(setting, reference)
+    prompts = protocol.prompts_of(range(protocol.num_images))
     seconds = [
         float(evaluation.latents(setting, one)["seconds"]) / len(one) for one in protocol.batches
     ]
@@ -66,8 +68,8 @@ def make_row(
         checkpoint=setting.model,
         scheduler=setting.scheduler,
         steps=setting.steps,
-        cut=setting.cut,
-        blend=setting.blend,
+        cut="" if setting.plain else setting.cut,
+        blend="" if setting.plain else setting.blend,
         key_calls=plan.key_calls,
         prior_noise=setting.prior_noise,
         plain=setting.plain,
@@ -77,20 +79,22 @@ def make_row(
         gflop=gflop,
         share=gflop / _gflop(evaluation, full),
         seconds=median(seconds),
-        latent_error=None if is_reference else _interval(pairs["latent_error"]),
+        latent_error=None if is_reference else _interval(pairs["latent_error"], prompts),
         opponent=opponent.name if opponent else None,
         times_plain=_times_plain(evaluation, pairs["latent_error"], opponent, reference),
-        psnr=None if is_reference else _interval(pairs["psnr"]),
-        ssim=None if is_reference else _interval(pairs["ssim"]),
-        clip_score=_interval(extracted["clip_score"]) if "clip_score" in extracted else None,
-        **_distribution(evaluation, extracted, real),
+        psnr=None if is_reference else _interval(pairs["psnr"], prompts),
+        ssim=None if is_reference else _interval(pairs["ssim"], prompts),
+        clip_score=(
+            _interval(extracted["clip_score"], prompts) if "clip_score" in extracted else None
+        ),
+        **_distribution(extracted, real, prompts),
     )
 
 
-def _distribution(evaluation: Evaluation, extracted: Arrays, real: Real | None) -> dict[str, Any]:
+def _distribution(extracted: Arrays, real: Real | None, prompts: Sequence[str]) -> dict[str, Any]:
     """The row's fields about the pictures as a whole."""
     found: dict[str, Any] = {}
-    if "probabilities" in extracted and evaluation.protocol.num_images >= SPLITS:
+    if "probabilities" in extracted and len(prompts) >= SPLITS:
         found["inception_score"] = inception_score(extracted["probabilities"], SPLITS)[0]
     if real is None:
         return found
@@ -100,9 +104,8 @@ def _distribution(evaluation: Evaluation, extracted: Arrays, real: Real | None) 
         found["spatial_frechet"] = frechet_distance(extracted["spatial"], real.spatial)
     found["precision"], found["recall"] = precision_recall(features, real.features)
     if real.captions:
-        prompts = evaluation.protocol.prompts_of(range(evaluation.protocol.num_images))
         hits = retrieval_accuracy(features, prompts, real.features, real.captions)
-        found["retrieval"] = _interval(np.asarray(hits, dtype=float))
+        found["retrieval"] = _interval(np.asarray(hits, dtype=float), prompts)
     return found
 
 
@@ -115,12 +118,13 @@ def _times_plain(
     theirs = evaluation.compare_all(opponent, reference)["latent_error"]
     if not (np.isfinite(errors).all() and np.isfinite(theirs).all() and theirs.any()):
         return None
-    return Interval(*bootstrap_ratio(errors, theirs))
+    prompts = evaluation.protocol.prompts_of(range(len(errors)))
+    return Interval(*bootstrap_ratio(errors, theirs, prompts))
 
 
-def _interval(values: np.ndarray) -> Interval:
-    mean = float(values.mean())
-    low, high = bootstrap_interval(values) if np.isfinite(values).all() else (np.nan, np.nan)
+def _interval(values: np.ndarray, prompts: Sequence[str]) -> Interval:
+    mean, finite = float(values.mean()), np.isfinite(values).all()
+    low, high = bootstrap_interval(values, prompts) if finite else (np.nan, np.nan)
     return Interval(mean, float(low), float(high))
 
 
