@@ -197,7 +197,9 @@ def write_pictures(emoji_dir: Path) -> None:
     for index, one in enumerate(read_emoji(emoji_dir, CONCEPT_CATEGORIES)):
         for pose in range(3):
             name = f"{index:04d}-{pose}.png"
-            load_posed_image(one, generator).save(folder / name)
+            picture = load_posed_image(one, generator)
+            if not (folder / name).exists():  # its time is part of the key of its features
+                picture.save(folder / name)
             rows.append(json.dumps({"file_name": name, "text": one.captions[0]}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from encache.evaluate.headline import significant, with_interval
@@ -116,7 +117,8 @@ def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) ->
     axes.set(xlabel=x_name, ylabel="relative squared latent error")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # equal data, equal file
+        figure.savefig(path, metadata={"Date": None})
 
 
 def lines_of(

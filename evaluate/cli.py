@@ -115,6 +115,11 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures at once."
 )
+@click.option(
+    "--max-decode-batch",
+    type=click.IntRange(1),
+    help="Most rows (calls x pictures x guidance) in one decoder run; bounds memory.",
+)
 @click.option("--drift/--no-drift", default=True, show_default=True)
 @click.option(
     "--grid",
@@ -156,6 +161,7 @@ def main(
     device: str | None,
     engine_dir: Path,
     batch_size: int,
+    max_decode_batch: int | None,
     drift: bool,
     grid: int,
     report: Path,
@@ -187,7 +193,14 @@ def main(
 
     models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
     protocol = _read_protocol(
-        prompts, num_images, guidance_scale, height, width, batch_size, shipped
+        prompts,
+        num_images,
+        guidance_scale,
+        height,
+        width,
+        batch_size,
+        max_decode_batch,
+        shipped,
     )
     fulls = [Setting(label, scheduler or "", steps) for label in models]
     first = fulls[0]
@@ -229,7 +242,7 @@ def main(
                 )
                 for one in listed
             ),
-            drift=_drift(evaluation, first) if drift else None,
+            drift=evaluation.drift(first) if drift else None,
             grid=_grid(evaluation, listed, grid),
         ),
         report,
@@ -277,6 +290,7 @@ def _read_protocol(
     height: int | None,
     width: int | None,
     batch_size: int,
+    max_decode_batch: int | None,
     shipped: bool,
 ) -> "Protocol":
     from encache.evaluate.settings import Protocol, read_prompts
@@ -285,7 +299,7 @@ def _read_protocol(
     if guidance_scale is None:
         guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
     texts = tuple(read_prompts(prompts or default_model() / "prompts.txt"))
-    return Protocol(texts, num_images, guidance_scale, height, width, batch_size)
+    return Protocol(texts, num_images, guidance_scale, height, width, batch_size, max_decode_batch)
 
 
 def _open_evaluation(
@@ -346,24 +360,6 @@ def _measure(evaluation: "Evaluation", listed: "Sequence[Setting]", reference: "
             if evaluation.extractor or evaluation.clip:
                 evaluation.extract(setting, pictures)
             bar.update(len(pictures))
-
-
-def _drift(evaluation: "Evaluation", full: "Setting") -> Any:
-    from encache.evaluate.drift import measure_drift
-
-    model, protocol = evaluation.models[full.model], evaluation.protocol
-    pipeline = model.pipeline("mid")
-    pipeline.scheduler = model.scheduler(full)
-    seeds = range(min(2, protocol.num_images))  # the features of many calls are kept at once
-    return measure_drift(
-        pipeline,
-        protocol.prompts_of(seeds),
-        seeds,
-        height=protocol.height,
-        width=protocol.width,
-        num_inference_steps=full.steps,
-        guidance_scale=protocol.guidance_scale,
-    )
 
 
 def _grid(evaluation: "Evaluation", listed: "Sequence[Setting]", count: int) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def bootstrap_ratio(
         )
     if groups is not None and len(set(groups)) > 1:
         _, group = np.unique(np.asarray(groups), return_inverse=True)
-        above, below = (np.bincount(group, weights=one) for one in (above, below))
+        above, below = (np.bincount(group, one).astype(np.float64) for one in (above, below))
     drawn = [above[one].sum(1) / below[one].sum(1) for one in _draws(len(above), resamples, seed)]
     return float(above.sum() / below.sum()), *_percentiles(np.concatenate(drawn), level)
 

@@ -1,7 +1,7 @@
 """The findings in plain words, computed from the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -26,7 +26,7 @@ def headline(rows: Sequence[Row]) -> str:
         _closer(outcomes["closer"], len(matches)),
         _further(outcomes["further"]),
         _alike(outcomes["alike"]),
-        _alone([row for row in judged if row not in matched]),
+        _alone([row for row in judged if row not in matched], {row.name for row in rows}),
         _diverged([row for row in rows if row.diverged]),
     )
     return " ".join(filter(None, sentences))
@@ -107,10 +107,20 @@ def _alike(matches: Sequence[Match]) -> str:
     return f"Not to be told apart from the plain sampler: {_names(matches)}."
 
 
-def _alone(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    return f"No plain sampler at equal arithmetic was measured beside {_listed(rows)}."
+def _alone(rows: Sequence[Row], measured: Collection[str]) -> str:
+    without = [row for row in rows if row.opponent not in measured]
+    others = [row for row in rows if row.opponent in measured]
+    sentences = []
+    if without:
+        sentences.append(
+            f"No plain sampler at equal arithmetic was measured beside {_listed(without)}."
+        )
+    if others:
+        sentences.append(
+            "The plain sampler at equal arithmetic diverged, or is the reference itself, beside "
+            f"{_listed(others)}."
+        )
+    return " ".join(sentences)
 
 
 def _diverged(rows: Sequence[Row]) -> str:

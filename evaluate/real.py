@@ -1,6 +1,5 @@
 """Real pictures, whose distribution the drawn ones are compared with."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from encache import __version__
 from encache.errors import EncacheError
 from encache.evaluate.extractors import Extractor
 from encache.evaluate.store import Arrays, Store
-from encache.model.pictures import crop_to
+from encache.model.pictures import UnreadablePictureError, crop_to, read_captions, read_picture
 
 #: Pictures that are read, extracted and stored together.
 BATCH = 64
@@ -48,7 +47,8 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
         EncacheError: there are too few, or metadata.jsonl cannot be understood.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    captions = _read_captions(folder)
+    metadata = folder / "metadata.jsonl"
+    captions = dict(read_captions(metadata)[0]) if metadata.is_file() else {}
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     parts = [
         store.get(_describe(batch, extractor, size), partial(_extract, batch, extractor, size))
@@ -73,7 +73,7 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
 def _describe(paths: Sequence[Path], extractor: Extractor, size: tuple[int, int]) -> dict:
     """What the features depend on; times stand for contents, which take long to hash."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    return {"real": files, "extractor": extractor.name, "size": size}
+    return {"encache": __version__, "real": files, "extractor": extractor.name, "size": size}
 
 
 def _extract(paths: Sequence[Path], extractor: Extractor, size: tuple[int, int]) -> Arrays:
@@ -91,9 +91,8 @@ def _extract(paths: Sequence[Path], extractor: Extractor, size: tuple[int, int])
 def _read(path: Path, size: tuple[int, int]) -> Tensor | None:
     height, width = size
     try:
-        with Image.open(path) as image:
-            picture = crop_to(image.convert("RGB"), width, height)
-    except (OSError, ValueError, Image.DecompressionBombError):
+        picture = crop_to(read_picture(path), width, height)
+    except UnreadablePictureError:
         return None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
@@ -101,18 +100,3 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor | None:
 def _join(parts: Sequence[Arrays], name: str) -> np.ndarray | None:
     found = [part[name] for part in parts if name in part]
     return np.concatenate(found) if found else None
-
-
-def _read_captions(folder: Path) -> dict[str, str]:
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        return {}
-    try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return {row["file_name"]: row["text"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise EncacheError(
-            f'{metadata} needs lines like {{"file_name": "0001.png", "text": "a red apple"}} '
-            f"({error!r}). Repair it, or move it away to do without retrieval."
-        ) from error

@@ -1,8 +1,9 @@
 """Draw the protocol's pictures with every setting, and measure each against the full sampler."""
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from encache import __version__
+from encache.evaluate.drift import measure_drift
+from encache.evaluate.results import Drift
 from encache.evaluate.settings import Protocol, Setting
 from encache.evaluate.store import Arrays, Store, join
 from encache.export.graphs import TORCH_DTYPES
@@ -169,6 +172,29 @@ class Evaluation:
         """What `extract` finds in all batches, joined."""
         return join(self.extract(setting, one) for one in self.protocol.batches)
 
+    def drift(self, full: Setting) -> Drift:
+        """How fast the features at the cut "mid" change over the calls of the full sampler."""
+        pictures = range(min(2, self.protocol.num_images))  # features of many calls are kept
+
+        def measure() -> Arrays:
+            model = self.models[full.model]
+            # By PyTorch on any backend, which needs no engines for a cut that nobody asked for.
+            pipeline = EncachePipeline.from_pipe(model.diffusers, "mid")
+            pipeline.scheduler = model.scheduler(full)
+            found = measure_drift(
+                pipeline,
+                self.protocol.prompts_of(pictures),
+                pictures,
+                height=self.protocol.height,
+                width=self.protocol.width,
+                num_inference_steps=full.steps,
+                guidance_scale=self.protocol.guidance_scale,
+            )
+            return {"drift": np.array(json.dumps(asdict(found)))}
+
+        stored = self.store.get({"drift": self._describe(full, pictures)}, measure)
+        return Drift(**json.loads(stored["drift"].item()))
+
     def _decode(self, setting: Setting, pictures: range) -> Tensor:
         """Decoded pictures [n, 3, H, W] in [0, 1] of one batch."""
         latents = torch.from_numpy(self.latents(setting, pictures)["latents"])
@@ -195,6 +221,7 @@ class Evaluation:
             guidance_scale=self.protocol.guidance_scale,
             latents=self._noise(pipeline, pictures),
             output_type="latent",
+            max_decode_batch=self.protocol.max_decode_batch,
             **setting.policy,
         ).images
         return latents.cpu().numpy()  # waits for the device

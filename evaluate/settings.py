@@ -68,6 +68,7 @@ class Protocol:
         guidance_scale: 1 or less turns guidance off.
         height, width: in pixels; None for the model's own size.
         batch_size: pictures sampled together.
+        max_decode_batch: most rows in one decoder run, which bounds memory and changes nothing.
     """
 
     prompts: tuple[str, ...]
@@ -76,6 +77,7 @@ class Protocol:
     height: int | None = None
     width: int | None = None
     batch_size: int = 16
+    max_decode_batch: int | None = None
 
     @property
     def batches(self) -> list[range]:

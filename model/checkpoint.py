@@ -69,10 +69,18 @@ class Checkpoint:
 
     @property
     def base_name(self) -> str | None:
-        """What completes UNet weights made from this checkpoint; None when no folder is known."""
+        """What completes UNet weights made from this checkpoint.
+
+        None for a single file, whose own autoencoder and text encoder lie in no folder.
+        """
+        if self.folder is None or (self.weights and self.holds == "pipeline"):
+            return None
         if self.folder == default_model():
             return DEFAULT_MODEL_NAME
-        return str(self.folder.resolve()) if self.folder else None
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":  # a hub id names it on every machine
+            return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        return str(folder)
 
     def files(self) -> Iterator[Path]:
         """Every file of the model that determines an image, in a stable order."""

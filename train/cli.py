@@ -266,8 +266,6 @@ def fcr(
     pictures = open_pictures(train_data_dir)
     if pictures.num_without_caption:
         click.echo(f"{pictures.num_without_caption} pictures have no caption: skipped.", err=True)
-    if resume_from_checkpoint == "never":
-        (output_dir / "checkpoint.pt").unlink(missing_ok=True)
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -277,12 +275,14 @@ def fcr(
     except ValueError as error:
         raise click.UsageError(f"--mixed-precision {mixed_precision or ''}: {error}") from error
     pipeline = load_pipeline(checkpoint)
+    num_timesteps = len(pipeline.scheduler.alphas_cumprod)
     delta_max = fcr_delta_max or 10
     if fcr_stride:
-        delta_max = fcr_stride * len(pipeline.scheduler.alphas_cumprod) // (fcr_steps or 50)
-    if delta_max < 1:
+        delta_max = fcr_stride * num_timesteps // (fcr_steps or 50)
+    if not 1 <= delta_max < num_timesteps:
         raise click.UsageError(
-            f"--fcr-stride {fcr_stride} of {fcr_steps} steps is less than one training timestep."
+            f"Pairs of timesteps up to {delta_max} apart do not fit {num_timesteps} training "
+            "timesteps: give another --fcr-delta-max or --fcr-stride."
         )
     path = fine_tune(
         checkpoint,
@@ -300,6 +300,7 @@ def fcr(
         ),
         Run(
             output=output_dir,
+            resume=resume_from_checkpoint != "never",
             recipe=Recipe(
                 steps=max_train_steps,
                 learning_rate=learning_rate,

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from encache.errors import EncacheError
-from encache.model.pictures import crop_to
+from encache.model.pictures import (
+    UnreadablePictureError,
+    crop_to,
+    is_text,
+    read_captions,
+    read_picture,
+)
 from encache.train import emoji
 from encache.train.loop import generator_of
 
@@ -41,7 +47,7 @@ class Pictures(Protocol):
         """Picture `index` in RGB and a caption; what varies is drawn.
 
         Raises:
-            OSError, ValueError: the picture cannot be read.
+            OSError, UnreadablePictureError: the picture or its caption cannot be read.
         """
 
 
@@ -50,32 +56,14 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [_parse(line) for line in lines]
-        captioned = [row for row in rows if row]
+        captioned, self.num_without_caption = read_captions(folder / "metadata.jsonl")
         self.names = [name for name, _ in captioned]
         self.captions = [caption for _, caption in captioned]
-        self.num_without_caption = len(rows) - len(captioned)
         self.fingerprint = _digest(f"{name} {caption}" for name, caption in captioned)
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
-        with Image.open(self.folder / self.names[index]) as image:
-            return image.convert("RGB"), self.captions[index]
-
-
-def _parse(line: str) -> tuple[str, str] | None:
-    """File name and caption of a line of metadata.jsonl, if it has both."""
-    try:
-        row = json.loads(line)
-        name, caption = row["file_name"], row["text"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return (name, caption) if _is_text(name) and _is_text(caption) else None
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+        return read_picture(self.folder / self.names[index]), self.captions[index]
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -111,14 +99,20 @@ class Shards:
         """See `Pictures`."""
         shard, members = self._places[index]
         suffix = min(members.keys() & _PICTURE_SUFFIXES)
-        with Image.open(io.BytesIO(_read_member(shard, members[suffix]))) as image:
-            picture = image.convert("RGB")
+        picture = read_picture(io.BytesIO(_read_member(shard, members[suffix])))
         if "txt" in members:
-            return picture, _read_member(shard, members["txt"]).decode().strip()
-        caption = json.loads(_read_member(shard, members["json"]))["caption"]
-        if not _is_text(caption):
-            raise ValueError("no caption")
-        return picture, caption
+            return picture, _read_member(shard, members["txt"]).decode(errors="replace").strip()
+        return picture, _caption_of(_read_member(shard, members["json"]))
+
+
+def _caption_of(facts: bytes) -> str:
+    try:
+        caption = json.loads(facts)["caption"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnreadablePictureError("its facts are no JSON with a caption") from error
+    if not is_text(caption):
+        raise UnreadablePictureError("it has no caption")
+    return str(caption)
 
 
 _PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
@@ -277,7 +271,7 @@ class Steps(Dataset):
             index = int(torch.randint(len(self.pictures.names), (), generator=draw))
             try:
                 return *self.pictures.read(index, draw), tuple(unreadable)
-            except (OSError, ValueError, KeyError, Image.DecompressionBombError):
+            except (OSError, UnreadablePictureError):
                 unreadable.append(self.pictures.names[index])
         raise EncacheError(
             f"{MAX_TRIES} pictures in a row could not be read, the last was {unreadable[-1]}. "

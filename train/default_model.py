@@ -15,6 +15,7 @@ from encache.train.emoji import (
     load_posed_images,
     read_emoji,
 )
+from encache.train.loop import digest
 from encache.train.text import train_tokenizer
 from encache.train.validation import sample_grid
 
@@ -26,9 +27,9 @@ def train_default_model(
     emoji_dir: Path,
     work: Path,
     output: Path,
-    autoencoder_steps: int = autoencoder_recipe.RECIPE.steps,
-    denoiser_steps: int = denoiser_recipe.RECIPE.steps,
-) -> StableDiffusionPipeline:
+    autoencoder_steps: int,
+    denoiser_steps: int,
+) -> None:
     """Train tokenizer, autoencoder, text encoder and UNet; write them to `output` in fp16.
 
     `work` keeps the checkpoints, so an interrupted run goes on where it stopped.
@@ -46,9 +47,10 @@ def train_default_model(
     tokenizer = train_tokenizer(caption for one in concepts for caption in one.captions)
     images = load_posed_images(concepts, DENOISER_POSES, generator)
     latents = autoencoder_recipe.encode(autoencoder, images)
+    origin = {"images": digest(images), "autoencoder_steps": autoencoder_steps}
     captions = [one.captions for one in concepts for _ in range(DENOISER_POSES)]
     model = denoiser_recipe.train_denoiser(
-        denoiser_recipe.CaptionedLatents(latents, captions),
+        denoiser_recipe.CaptionedLatents(latents, captions, origin),
         tokenizer,
         work / "denoiser.pt",
         replace(denoiser_recipe.RECIPE, steps=denoiser_steps),
@@ -70,7 +72,6 @@ def train_default_model(
     _load_in_float32(output / "text_encoder" / "config.json")
     grid.save(output / "samples.png")
     (output / "prompts.txt").write_text("\n".join(names) + "\n")
-    return pipeline.to(torch.float32)
 
 
 def _load_in_float32(config: Path) -> None:

@@ -1,8 +1,9 @@
 """The default model's UNet and text encoder, learned together on precomputed latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -11,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from encache.model.text import tokenize
 from encache.train.diffusion import add_noise, min_snr_weight, weighted_error
-from encache.train.loop import Losses, Recipe, digest, fit, step_generators
+from encache.train.loop import Losses, Recipe, fit, step_generators
 from encache.train.text import make_text_encoder
 
 RECIPE = Recipe(steps=14_000, learning_rate=1e-3, weight_decay=1e-3, ema_decay=0.998)
@@ -37,10 +38,15 @@ class TextToNoise(nn.Module):
 
 @dataclass(frozen=True)
 class CaptionedLatents:
-    """Latents [N, 4, h, w] of unit variance; picture i may be called any of captions[i]."""
+    """Latents [N, 4, h, w] of unit variance; picture i may be called any of captions[i].
+
+    Attributes:
+        origin: what the latents were made from. Made anew, they may differ in a last bit.
+    """
 
     latents: Tensor
     captions: Sequence[Sequence[str]]
+    origin: Mapping[str, Any]
 
 
 def make_unet(latent_size: int) -> UNet2DConditionModel:
@@ -98,7 +104,7 @@ def train_denoiser(
         weight = min_snr_weight(alphas_cumprod[timesteps], MIN_SNR_GAMMA).to(device)
         return Losses({"denoise": weighted_error(predicted, noise.to(device), weight)})
 
-    identity = {"latents": digest(data.latents), "vocabulary": len(tokenizer), "seed": seed}
+    identity = {**data.origin, "vocabulary": len(tokenizer), "seed": seed}
     fit(model, step_generators(seed), compute_losses, recipe, checkpoint, identity=identity)
     return model.cpu()
 

@@ -133,11 +133,6 @@ def _captions(entry: dict, style: Style) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*names, *(f"{style.word} {name}" for name in names), shelf]))
 
 
-def load_images(emoji: Sequence[Emoji]) -> torch.Tensor:
-    """Read the pictures over white as float32 [N, 3, 64, 64] in [-1, 1]."""
-    return _to_tensor([_over_white(one.image) for one in emoji])
-
-
 def load_posed_images(
     emoji: Sequence[Emoji], poses: int, generator: torch.Generator
 ) -> torch.Tensor:

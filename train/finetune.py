@@ -1,7 +1,8 @@
 """Fine-tune a checkpoint with FCR: from pictures and captions to fcr.safetensors."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from encache import __version__
 from encache.errors import EncacheError
+from encache.files import replacing
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import ImageSpec
 from encache.model.text import tokenize
@@ -34,6 +36,7 @@ class Run:
     Attributes:
         output: folder for fcr.safetensors, checkpoint.pt, logs/ and validation/.
         batch_size: pictures per process and accumulated batch.
+        resume: go on from checkpoint.pt when there is one; otherwise it is deleted first.
         lora_rank: 0 trains the whole UNet.
         validation_prompts: drawn every `validation_every` steps with the averaged weights.
     """
@@ -44,6 +47,7 @@ class Run:
     resolution: int | None = None
     caption_dropout: float = 0.1
     flip: bool = False
+    resume: bool = True
     lora_rank: int = 0
     gradient_checkpointing: bool = False
     validation_prompts: tuple[str, ...] = ()
@@ -90,6 +94,10 @@ def fine_tune(
     facts = _facts(checkpoint, pictures, settings, run, draws, accelerator)
     run.output.mkdir(parents=True, exist_ok=True)
     _start_log(accelerator)
+    kept = run.output / "checkpoint.pt"
+    if not run.resume:  # only now: what can be wrong with the options has been checked
+        kept.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
 
     def on_step(step: int, losses: Mapping[str, float], average: Mapping[str, Tensor]) -> None:
         accelerator.log(dict(losses), step=step)
@@ -102,7 +110,7 @@ def fine_tune(
         lambda start: map(prepare, batches(steps, start, run.num_workers)),
         lambda model, batch: model(batch),
         run.recipe,
-        run.output / "checkpoint.pt",
+        kept,
         accelerator=accelerator,
         identity=facts,
         on_step=on_step,
@@ -257,7 +265,8 @@ def _save_lora(pipeline: StableDiffusionPipeline, output: Path) -> None:
     from peft import get_peft_model_state_dict
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    pipeline.save_lora_weights(output, unet_lora_layers=layers, weight_name="fcr_lora.safetensors")
+    with _replacing_weights(output / "fcr_lora.safetensors") as path:
+        pipeline.save_lora_weights(output, unet_lora_layers=layers, weight_name=path.name)
     pipeline.unet.fuse_lora()
     pipeline.unet.unload_lora()
 
@@ -268,12 +277,16 @@ def _write_weights(
     tensors = {
         name: tensor.cpu().contiguous() for name, tensor in pipeline.unet.state_dict().items()
     }
-    temporary = path.with_suffix(".tmp")
-    try:
+    with _replacing_weights(path) as temporary:
         save_file(tensors, temporary, dict(header))
-        temporary.replace(path)
+
+
+@contextmanager
+def _replacing_weights(path: Path) -> Iterator[Path]:
+    try:
+        with replacing(path) as temporary:
+            yield temporary
     except Exception as error:  # safetensors has its own error for a full disk
-        temporary.unlink(missing_ok=True)
         raise EncacheError(
             f"{path} could not be written ({error}): free some space, then run the same command "
             "again; the training is kept in checkpoint.pt."

@@ -166,10 +166,10 @@ def fit(
         )
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {losses['loss']:.4f}")
+        if on_step:  # before the checkpoint, so that a stop inside it is made up for
+            on_step(step, losses, average)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
             run.save(step + 1)
-        if on_step:
-            on_step(step, losses, average)
     _copy(average, parameters)
     model.eval()
 

@@ -57,13 +57,13 @@ def test_a_report_pairs_everything_with_the_full_sampler(arguments, tmp_path):
 
 
 def test_a_repeated_evaluation_draws_nothing_new(arguments, tmp_path, monkeypatch):
-    evaluate(arguments("--grid", 0, "--no-drift"))
+    evaluate(arguments())
     first = rows_of(tmp_path / "report")
     drawn = []
     monkeypatch.setattr(
         "encache.runtime.pipeline.EncachePipeline.__call__", lambda *a, **k: drawn.append(a)
     )
-    evaluate(arguments("--grid", 0, "--no-drift"))
+    evaluate(arguments("--max-decode-batch", 2))
     assert not drawn
     assert rows_of(tmp_path / "report") == first
 

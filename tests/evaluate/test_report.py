@@ -231,6 +231,8 @@ def test_the_headline_says_what_it_cannot_tell():
     assert "None stays closer" in text
     assert "Not to be told apart from the plain sampler: “near”." in text
     assert "No plain sampler at equal arithmetic was measured beside “cheap”." in text
+    own = cached("own", 0.05, 0.5, opponent=FULL.name, times_plain=None)
+    assert "diverged, or is the reference itself, beside “own”." in headline((*ROWS[:4], own))
     assert "unmeasured" not in text
 
 

@@ -156,6 +156,26 @@ def test_unet_of_another_architecture(model_folder, tmp_path):
 def test_other_pipeline_class(model_folder, tmp_path):
     copy = shutil.copytree(model_folder, tmp_path / "copy")
     index = json.loads((copy / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionXLPipeline"
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="text-to-image checkpoints"):
+        find_checkpoint(copy)
+
+
+def test_what_completes_weights_made_from_a_checkpoint(model_folder, tmp_path):
+    assert find_checkpoint().base_name == "encache/emoji"
+    assert find_checkpoint(model_folder).base_name == str(model_folder)
+    single = tmp_path / "sd.safetensors"
+    save_file(original_state_dict(make_pipeline()), single)
+    assert find_checkpoint(single, base=model_folder).base_name is None
+    cached = tmp_path / "models--owner--some-name" / "snapshots" / "0123"
+    shutil.copytree(model_folder, cached)
+    assert find_checkpoint(cached).base_name == "owner/some-name"
+
+
+def test_unknown_component_class(model_folder, tmp_path):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
     index["unet"] = ["diffusers", "NoSuchModel"]
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="could not be loaded"):

@@ -3,12 +3,14 @@
 import io
 import json
 import tarfile
+import zlib
 
 import pytest
 import torch
 from PIL import Image
 
 from encache.errors import EncacheError
+from encache.model.pictures import UnreadablePictureError, crop_to
 from encache.train import data
 from encache.train.data import Draws, Steps, open_pictures
 
@@ -117,7 +119,7 @@ def test_captions_are_part_of_the_fingerprint(tmp_path):
     ("prepare", "message"),
     [
         (lambda folder: None, "is no training set"),
-        (lambda folder: write_folder(folder, [{"file_name": "red.png"}]), r"1 without"),
+        (lambda folder: write_folder(folder, [{"file_name": "red.png"}]), r"none of its 1 is one"),
         (lambda folder: (folder / "0.tar").write_bytes(b"x" * 2000), "not a complete"),
     ],
 )
@@ -127,10 +129,32 @@ def test_unusable_folders(tmp_path, prepare, message):
         open_pictures(tmp_path)
 
 
+def with_broken_chunk(png):
+    """The data torn in two chunks, of which the second has no name: Pillow raises SyntaxError."""
+    start = png.index(b"IDAT") - 4
+    length = int.from_bytes(png[start : start + 4], "big")
+    body = png[start + 8 : start + 8 + length]
+    chunk = b"IDAT" + body[: length // 2]
+    first = (length // 2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return png[:start] + first + bytes(12) + body[length // 2 :]
+
+
+@pytest.mark.parametrize("facts", [b"null", b"[]", b"{", b'{"caption": ""}'])
+def test_facts_without_caption(tmp_path, facts):
+    write_shard(tmp_path / "0.tar", {"0.png": picture("red"), "0.json": facts})
+    with pytest.raises(UnreadablePictureError, match="caption"):
+        open_pictures(tmp_path).read(0, torch.Generator())
+
+
+def test_a_sliver_is_cropped_before_it_is_enlarged():
+    sliver = Image.new("RGB", (1, 60_000), "red")  # whole, at this width it would take 90 GB
+    assert crop_to(sliver, 512, 512).getpixel((511, 511)) == (255, 0, 0)
+
+
 def test_unreadable_pictures_are_replaced_and_named(folder):
     (folder / "red.png").write_bytes(b"no picture")
     (folder / "green.png").write_bytes(picture("green")[:40])
-    (folder / "blue.png").unlink()
+    (folder / "blue.png").write_bytes(with_broken_chunk(picture("blue", (300, 300))))
     steps = Steps(open_pictures(folder), DRAWS, batch_size=16)
     examples = steps[0]
     assert {example.caption for example in examples} <= {"yellow square", ""}

@@ -235,15 +235,21 @@ def test_unreadable_pictures_are_named(arguments, pictures, tmp_path):
         (["--fcr-stride", "5", "--fcr-delta-max", "5"], "either --fcr-delta-max or --fcr-stride"),
         (["--resolution", "15"], "multiple of 2"),
         (["--fcr-steps", "20"], "--fcr-steps means nothing without --fcr-stride"),
-        (["--fcr-stride", "1", "--fcr-steps", "2000"], "less than one training timestep"),
+        (["--fcr-stride", "1", "--fcr-steps", "2000"], "up to 0 apart do not fit"),
+        (["--fcr-delta-max", "1000"], "up to 1000 apart do not fit 1000 training timesteps"),
         (["--cached-weight", "1"], "--cached-weight needs the distance of key calls"),
         (["--snr-gamma", "0"], "--snr-gamma"),
     ],
 )
-def test_options_that_cannot_be_honoured(arguments, more, message):
+def test_options_that_cannot_be_honoured(arguments, tmp_path, more, message):
+    kept = tmp_path / "out" / "checkpoint.pt"
+    kept.parent.mkdir()
+    kept.touch()
+    more = [*more, "--resume-from-checkpoint", "never"]
     result = CliRunner().invoke(main, arguments("out", *more))
     assert result.exit_code in (1, 2)
     assert message in result.stderr
+    assert kept.exists()
 
 
 def test_a_precision_that_the_device_lacks(arguments, monkeypatch):
