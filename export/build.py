@@ -235,6 +235,8 @@ def _compile(
     request: Request, shapes: "Mapping[str, Mapping[str, Shapes]]", folder: Path, report: Report
 ) -> dict[str, int]:
     """Put TensorRT engines in the place of the ONNX graphs; the bytes of scratch each needs."""
+    import torch
+
     from encache.export.trt import Compiler
 
     target = request.target
@@ -242,7 +244,7 @@ def _compile(
     ahead, timing_cache = target.compute_capabilities, None
     if request.backend == "tensorrt":  # compiles here and now, by trying kernels on the GPU
         # Beside the engine folders: this one is still inside a temporary folder.
-        timing_cache = folder.parents[1] / f"{target.library} sm{ahead[0]}.timing"
+        timing_cache = folder.parents[1] / f"{target.library} {torch.cuda.get_device_name()}.timing"
         ahead = ()
     scratch_bytes = {}
     for graph, sizes in shapes.items():

@@ -92,6 +92,14 @@ def make_target(
     )
 
 
+def most_rows(decode_calls: int, rows_per_call: int, asked: int | None) -> int | None:
+    """Most rows in one run of the decoder: as compiled, or as asked for if that is fewer.
+
+    Without a limit of engines (0) what is asked for decides, and without that nothing.
+    """
+    return min(filter(None, (asked, decode_calls * rows_per_call)), default=None)
+
+
 def parse_span(text: str) -> Span:
     """Read "512" or "512:768".
 

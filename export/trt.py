@@ -128,7 +128,8 @@ class Compiler:
         config.add_optimization_profile(optimization)
         if timing_cache:
             known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+            if not config.set_timing_cache(config.create_timing_cache(known), False):
+                config.set_timing_cache(config.create_timing_cache(b""), False)
         engine = self._builder.build_serialized_network(self.network, config)
         if engine is None:
             raise EngineError(f"{self._name} cannot compile the graph: {self._logger.complaint}.")

@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from encache.errors import EncacheError
 from encache.runtime.contenders import Contender
 from encache.runtime.pipeline import EncachePipeline
 
@@ -55,55 +55,69 @@ class Row:
 def measure(
     contenders: Sequence[Contender],
     noises: Sequence[Tensor],
-    batches: Sequence[int],
+    batch: int,
     peak_tflops: float,
+    baseline: Row | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
     """Time every contender, all of them once per repetition.
 
     Args:
-        contenders: the first is what speeds are ratios to.
+        contenders: without a baseline, speeds are ratios to the first.
         noises: one per repetition [n, 4, h, w], of which a batch takes as many as it needs.
-        batches: how many pictures at once.
+        batch: how many pictures at once.
         peak_tflops: of one large matrix product here.
+        baseline: what speeds are ratios to.
 
     Returns:
         The rows, and of each contender that cannot run the reason.
     """
-    rows: list[Row] = []
     failures: dict[str, str] = {}
-    for batch in batches:
-        peaks: dict[Contender, int | None] = {}
-        for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
-            try:
-                peaks[one] = _warm_up(one, noises[0][:batch])
-            except (EncacheError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                failures[f"{one.backend}, {one.sampling}, batch {batch}"] = reason
-        seconds: dict[Contender, list[float]] = {one: [] for one in peaks}
-        for noise in tqdm(noises, desc=f"measure, batch {batch}"):
-            for one, times in seconds.items():
+    peaks: dict[Contender, int | None] = {}
+    seconds: dict[Contender, list[float]] = {one: [] for one in contenders}
+    parts: dict[Contender, dict[str, float] | None] = {}
+
+    @contextmanager
+    def sparing(one: Contender) -> Iterator[None]:
+        """Let one that fails not take the others with it."""
+        try:
+            yield
+        except Exception as error:  # of any library that a contender brings
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            failures[f"{one.backend}, {one.sampling}, batch {batch}"] = reason
+            del seconds[one]
+
+    for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
+        with sparing(one):
+            peaks[one] = _warm_up(one, noises[0][:batch])
+    for noise in tqdm(noises, desc=f"measure, batch {batch}"):
+        for one, times in list(seconds.items()):
+            with sparing(one):
                 times.append(_timed(one, noise[:batch]))
-        for one, times in seconds.items():
-            median = statistics.median(times)
-            per_picture = median / batch
-            baseline = rows[0].seconds / rows[0].batch if rows else per_picture
-            tflops = one.gflop / per_picture / 1e3 if one.gflop else None
-            row = Row(
-                backend=one.backend,
-                sampling=one.sampling,
-                device=str(one.device),
-                batch=batch,
-                seconds=median,
-                spread=(min(times), max(times)),
-                pictures_per_second=1 / per_picture,
-                speed=baseline / per_picture,
-                gflop=one.gflop,
-                tflops=tflops,
-                share_of_peak=tflops / peak_tflops if tflops else None,
-                parts=_parts(one, noises[0][:batch]),
-                peak_bytes=peaks[one],
-            )
-            rows.append(row)
+    for one in list(seconds):
+        with sparing(one):
+            parts[one] = _parts(one, noises[0][:batch])
+    rows: list[Row] = []
+    for one, times in seconds.items():
+        median = statistics.median(times)
+        per_picture = median / batch
+        tflops = one.gflop / per_picture / 1e3 if one.gflop else None
+        first = baseline or (rows[0] if rows else None)
+        row = Row(
+            backend=one.backend,
+            sampling=one.sampling,
+            device=str(one.device),
+            batch=batch,
+            seconds=median,
+            spread=(min(times), max(times)),
+            pictures_per_second=1 / per_picture,
+            speed=first.seconds / first.batch / per_picture if first else 1.0,
+            gflop=one.gflop,
+            tflops=tflops,
+            share_of_peak=tflops / peak_tflops if tflops else None,
+            parts=parts[one],
+            peak_bytes=peaks[one],
+        )
+        rows.append(row)
     return rows, failures
 
 

@@ -56,7 +56,8 @@ from encache.model.features import CUTS, Cut, check_size
     multiple=True,
     default=(1,),
     show_default=True,
-    help="Pictures at once; repeatable.",
+    help="Pictures at once; repeatable. TensorRT engines are compiled for all of them, so that "
+    "one size alone is faster.",
 )
 @click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
@@ -101,7 +102,7 @@ def main(
     from encache.export.graphs import TORCH_DTYPES
     from encache.files import check_writable, write_json
     from encache.model.random_weights import find_sd15_shape
-    from encache.runtime.bench import format_table, matrix_peak, measure
+    from encache.runtime.bench import Row, format_table, matrix_peak, measure
     from encache.runtime.contenders import Task, assemble
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
@@ -134,26 +135,31 @@ def main(
                 height=(height, height) if height else None,
                 width=(width, width) if width else None,
             )
+        # Exactly these, not wider ones that happen to be there: they would be slower.
         request = Request(checkpoint, cut, dtype, backend, target)
         folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
         return EncachePipeline.from_engines(folder)
 
-    contenders, missing = assemble(pipeline, open_backend, backends, cuts, task, compiling)
+    contenders, left_out = assemble(pipeline, open_backend, backends, cuts, task, compiling)
     peak = matrix_peak(device, TORCH_DTYPES[dtype])
-    rows, failures = measure(contenders, task.draw_noises(pipeline, repeats), batches, peak)
-    left_out = {**missing, **failures}
+    noises = task.draw_noises(pipeline, repeats)
+    rows: list[Row] = []
+    for batch in batches:
+        measured, failures = measure(contenders, noises, batch, peak, rows[0] if rows else None)
+        rows += measured
+        left_out |= failures
+        if json_path:
+            report = {
+                "machine": describe_machine(),
+                "model": checkpoint.name,
+                "dtype": dtype,
+                "task": asdict(task),
+                "repeats": repeats,
+                "matrix_product_tflops": peak,
+                "left_out": left_out,
+                "rows": [asdict(row) for row in rows],
+            }
+            write_json(json_path, report)
     click.echo(format_table(rows))
     for name, reason in left_out.items():
         click.echo(f"{name} is left out: {reason}")
-    if json_path:
-        report = {
-            "machine": describe_machine(),
-            "model": checkpoint.name,
-            "dtype": dtype,
-            "task": asdict(task),
-            "repeats": repeats,
-            "matrix_product_tflops": peak,
-            "left_out": left_out,
-            "rows": [asdict(row) for row in rows],
-        }
-        write_json(json_path, report)

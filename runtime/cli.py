@@ -20,7 +20,7 @@ from encache.export.build import (
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import MANIFEST, read_manifest
 from encache.export.options import engine_options
-from encache.export.target import DECODE_CALLS, Target, make_target
+from encache.export.target import DECODE_CALLS, Target, make_target, most_rows
 from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.model.features import Cut, check_size
 from encache.runtime.blend import BLENDS, Blend
@@ -191,17 +191,18 @@ def main(
         solver = _read_scheduler(folder)
     if scheduler:
         solver = make_scheduler(scheduler, solver)
+    if guidance_scale is None:
+        shipped = ckpt is None and not one_folder
+        guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
+    rows_per_call = (1 if comparing else num_images) * (2 if guidance_scale > 1 else 1)
+    decode_calls = _most_calls(engine_dir if one_folder else None, backend, cut)
     policy: dict[str, Any] = {
         "stride": stride,
         "key_calls": _resolve_key_calls(key_calls, solver, steps),
         "blend": blend,
         "prior_noise": prior_noise,
-        "max_decode_batch": max_decode_batch,
+        "max_decode_batch": most_rows(decode_calls, rows_per_call, max_decode_batch),
     }
-    if guidance_scale is None:
-        shipped = ckpt is None and not one_folder
-        guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
-    rows_per_call = (1 if comparing else num_images) * (2 if guidance_scale > 1 else 1)
     plan = make_plan(solver, steps, **policy, rows_per_call=rows_per_call)
     if dry_run:
         click.echo(plan.to_json())
@@ -286,6 +287,14 @@ def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -
     ]
 
 
+def _most_calls(engine_folder: Path | None, backend: str, cut: Cut) -> int:
+    """Most calls in a run of the decoder that is there or would be compiled; 0 if any number."""
+    if engine_folder:
+        target = read_manifest(engine_folder).identity.target
+        return target.decode_calls if target else 0
+    return DECODE_CALLS if backend in TENSORRT_BACKENDS and cut != "out" else 0
+
+
 def _exact_target(
     source: Checkpoint,
     backend: str,
@@ -301,7 +310,7 @@ def _exact_target(
         backend,
         cut,
         rows=(rows, rows),
-        decode_calls=min(plan.longest_decode, DECODE_CALLS),
+        decode_calls=plan.longest_decode,
         height=(height, height) if height else None,
         width=(width, width) if width else None,
     )
@@ -385,20 +394,21 @@ def _compare(
     from encache.model.arithmetic import count_arithmetic
     from encache.model.checkpoint import load_pipeline
     from encache.runtime import compare
+    from encache.runtime.engines import TorchEngines
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
 
-    gpu = pipeline.engines.device.type == "cuda"  # there, precision is part of a backend's speed
-    plain = load_pipeline(source, pipeline.engines.dtype if gpu else None)
-    plain.to(pipeline.engines.device)
+    if isinstance(pipeline.engines, TorchEngines):
+        plain, cached = pipeline.engines.pipeline, [pipeline]
+    else:
+        gpu = pipeline.engines.device.type == "cuda"  # there, precision is part of the speed
+        plain = load_pipeline(source, pipeline.engines.dtype if gpu else None)
+        plain.to(pipeline.engines.device)
+        cached = [EncachePipeline.from_pipe(plain, cut, capturable=True), pipeline]
     plain.scheduler = pipeline.scheduler
-    same_plan = EncachePipeline.from_pipe(plain, cut)
-    cached = (
-        [same_plan] if pipeline.engines.name == same_plan.engines.name else [same_plan, pipeline]
-    )
     for one in cached:
         one.set_progress_bar_config(disable=True)
-    height, width = same_plan.latent_size(call["height"], call["width"])
+    height, width = pipeline.latent_size(call["height"], call["width"])
     arithmetic = count_arithmetic(
         plain.unet.config, cut, height, width, plain.tokenizer.model_max_length
     )

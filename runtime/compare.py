@@ -91,8 +91,10 @@ def compare(
     psnrs: list[list[float]] = [[] for _ in ways]
     size = cached[0].latent_size(call["height"], call["width"])
     shape = (1, cached[0].spec.channels, *size)
+    warm_ups = 3 if plain.unet.device.type == "cuda" else 1  # the second may capture a graph
     for _, _, sampler in ways:
-        sampler(prompts[0], torch.zeros(shape).to(plain.unet.device, plain.unet.dtype))
+        for _ in range(warm_ups):
+            sampler(prompts[0], torch.zeros(shape).to(plain.unet.device, plain.unet.dtype))
     for prompt, seed in tqdm(jobs, desc="compare"):
         # One noise for all, drawn once: generators give other numbers in other precisions.
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

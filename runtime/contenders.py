@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from encache.errors import EncacheError
 from encache.model.arithmetic import Arithmetic, count_arithmetic
 from encache.model.features import CUTS, Cut, ImageSpec
 from encache.runtime.compare import steps_within
@@ -105,7 +106,7 @@ def assemble(
     task: Task,
     compiling: bool,
 ) -> tuple[list[Contender], dict[str, str]]:
-    """All contenders, the full sampler of diffusers first, and the peers that are not installed.
+    """All contenders, the full sampler of diffusers first, and of what is left out the reason.
 
     Args:
         pipeline: the undivided model.
@@ -113,6 +114,9 @@ def assemble(
         backends, cuts: every pair is tried with every policy.
         task: what to draw.
         compiling: also try torch.compile.
+
+    Raises:
+        EncacheError: no backend can be opened.
     """
     length = pipeline.tokenizer.model_max_length
     size = task.latent_size(pipeline)
@@ -120,12 +124,21 @@ def assemble(
     contenders = [plain(pipeline, task, arithmetic[cuts[0]].full)]
     if compiling:
         contenders.append(compiled(pipeline, contenders[0]))
-    installed, missing = peers(pipeline, task)
+    installed, absent = peers(pipeline, task)
     contenders += installed
+    missing: dict[str, str] = {}
     for backend in backends:
-        pipelines = {cut: open_backend(backend, cut) for cut in cuts}
-        contenders += cached(pipelines, task, arithmetic)
-    return contenders, missing
+        pipelines = {}
+        for cut in cuts:
+            try:
+                pipelines[cut] = open_backend(backend, cut)
+            except EncacheError as error:
+                missing[f"{backend}, cut {cut}"] = str(error)
+        if pipelines:
+            contenders += cached(pipelines, task, arithmetic)
+    if not any(one.pipeline for one in contenders):
+        raise EncacheError(f"No backend is left to measure: {next(iter(missing.values()))}")
+    return contenders, {**absent, **missing}
 
 
 def cached(

@@ -72,6 +72,17 @@ def allocate_ring(
     ]
 
 
+def mix(weights: Tensor, ring: Tensor) -> Tensor:
+    """The blend of the cut "out": [K, M] x [M, B, C, h, w] -> [K * B, C, h, w], in float32.
+
+    Weights in fp16 would no longer sum to one. Not as a product of matrices: for one, PyTorch wakes
+    threads that then spin for a while, in the way of ONNX Runtime's (encoder runs took 30 % longer
+    on two cores).
+    """
+    mixed = (weights[..., None] * ring.flatten(1)).sum(1)
+    return mixed.view(-1, *ring.shape[2:])
+
+
 class Graph(Protocol):
     """One graph of an engine folder, ready to run."""
 
@@ -116,10 +127,7 @@ class GraphEngines:
         self, ring: Sequence[Tensor], weights: Tensor, timesteps: Tensor, text: Tensor
     ) -> Tensor:
         if "unet_decoder" not in self._graphs:  # the cut "out" leaves the blend alone
-            # Not as a product of matrices: for one, PyTorch wakes threads that then spin for a
-            # while, in the way of ONNX Runtime's (encoder runs took 30 % longer on two cores).
-            mixed = (weights[..., None] * ring[0].flatten(1)).sum(1)
-            return mixed.view(-1, *ring[0].shape[2:])
+            return mix(weights, ring[0])
         inputs = {"weights": weights, "timesteps": timesteps, "text": text}
         noise = self._empty(len(weights) * len(text), self._spec.channels, *ring[0].shape[-2:])
         self._graphs["unet_decoder"].run({**self._by_name(ring), **inputs}, {"noise": noise})
@@ -171,7 +179,8 @@ class TorchEngines:
         self.device = pipeline.unet.device
         self.capturable = capturable and self.device.type == "cuda"
         self._split = split
-        self._pipeline = pipeline
+        self.pipeline = pipeline
+        self._cut = cut
 
     @torch.inference_mode()
     def encode(
@@ -185,12 +194,14 @@ class TorchEngines:
     def decode(
         self, ring: Sequence[Tensor], weights: Tensor, timesteps: Tensor, text: Tensor
     ) -> Tensor:
+        if self._cut == "out":
+            return mix(weights, ring[0])
         return self._split.decoder(ring, weights, timesteps, text)
 
     @torch.inference_mode()
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        return self._pipeline.text_encoder(token_ids.to(self.device)).last_hidden_state
+        return self.pipeline.text_encoder(token_ids.to(self.device)).last_hidden_state
 
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return self._pipeline.vae.decode(latents.to(self._pipeline.vae.dtype)).sample
+        return self.pipeline.vae.decode(latents.to(self.pipeline.vae.dtype)).sample

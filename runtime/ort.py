@@ -48,7 +48,11 @@ class _Session:
         if stream:
             # Its kernels are ordered by the stream; the host need not wait for them.
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            providers = [(_ON_GPU, {"user_compute_stream": str(stream.cuda_stream)}), *providers]
+            place = {
+                "device_id": str(stream.device_index),
+                "user_compute_stream": str(stream.cuda_stream),
+            }
+            providers = [(_ON_GPU, place), *providers]
         model = read_verified(folder, manifest, f"{graph}/{ONNX}")
         weights = read_verified(folder, manifest, f"{graph}/{ONNX_WEIGHTS}")
         options.add_external_initializers_from_files_in_memory(

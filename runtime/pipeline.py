@@ -13,11 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encache.errors import EncacheError
-from encache.export.build import Request, build_engines, default_dtype
+from encache.export.build import (
+    Request,
+    build_engines,
+    default_dtype,
+    find_covering_engines,
+)
 from encache.export.graphs import TORCH_DTYPES
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import read_manifest
-from encache.export.target import Target, make_target
+from encache.export.target import Target, make_target, most_rows
 from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.model.text import tokenize
@@ -61,7 +66,7 @@ class EncachePipeline:
         self.spec = spec
         self.image_processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
         self._progress_bar_config: dict[str, Any] = {}
-        self._kept: tuple[Any, tuple[Sampling, Replay]] | None = None
+        self._kept: tuple[Any, tuple[Sampling, Replay | None]] | None = None
 
     @classmethod
     def from_pipe(
@@ -119,7 +124,8 @@ class EncachePipeline:
         if backend in TENSORRT_BACKENDS and target is None:
             target = make_target(checkpoint, backend, cut)
         request = Request(checkpoint, cut, dtype, backend, target)
-        return cls.from_engines(build_engines(request, Path(engine_dir)))
+        found = find_covering_engines(request, Path(engine_dir))
+        return cls.from_engines(found or build_engines(request, Path(engine_dir)))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, cut: Cut, dtype: str) -> "EncachePipeline":
@@ -214,8 +220,7 @@ class EncachePipeline:
         if target := self.engines.target:
             scale = self.spec.downscale
             refuse_beyond(target, rows, noise.shape[-2] * scale, noise.shape[-1] * scale)
-            most = target.decode_calls * rows or None
-            max_decode_batch = min(filter(None, (max_decode_batch, most)), default=None)
+            max_decode_batch = most_rows(target.decode_calls, rows, max_decode_batch)
         plan = make_plan(
             self.scheduler,
             num_inference_steps,
@@ -270,16 +275,16 @@ class EncachePipeline:
         text_shape: Sequence[int],
         guidance: tuple[float | None, float],
     ) -> tuple[Sampling, Replay | None]:
-        """A plan's buffers; where CUDA graphs are possible, kept with one for the next call."""
+        """A plan's buffers, and its CUDA graph where one is possible; kept on a GPU."""
         key = (plan, tuple(noise_shape), tuple(text_shape), guidance)
         if self._kept and self._kept[0] == key:
             return self._kept[1]
         self._kept = None  # frees its memory first
         sampling = Sampling(plan, self.engines, noise_shape, text_shape[0], make_guide(*guidance))
-        if not self.engines.capturable:
-            return sampling, None
-        self._kept = (key, (sampling, Replay(sampling.run)))
-        return self._kept[1]
+        replay = Replay(sampling.run) if self.engines.capturable else None
+        if replay or self.engines.device.type == "cuda":
+            self._kept = (key, (sampling, replay))
+        return sampling, replay
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent height and width of a picture's, which default to the model's own."""
@@ -315,26 +320,29 @@ class EncachePipeline:
         """Embeddings [G, n, L, D], the negative ones first."""
         if (prompt is None) == (prompt_embeds is None):
             raise EncacheError("Give either prompt or prompt_embeds.")
-        if prompt_embeds is None:
-            assert prompt is not None
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if not prompts:
-                raise EncacheError("The list of prompts is empty.")
-            prompt_embeds = self.encode_prompts(prompts)
+        prompts = _listed(prompt)
+        if prompt is not None and not prompts:
+            raise EncacheError("The list of prompts is empty.")
+        count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+        implied = guided and negative_prompt_embeds is None
+        negatives = _listed(negative_prompt or "") if implied else []
+        if len(negatives) == 1:
+            negatives *= count
+        # All at once: a text encoder takes hardly longer for two prompts than for one.
+        wanted = [*negatives, *prompts]
+        encoded = self.encode_prompts(wanted) if wanted else torch.empty(0)
+        positive = encoded[len(negatives) :] if prompt_embeds is None else prompt_embeds
         if not guided:
-            return prompt_embeds[None]
-        if negative_prompt_embeds is None:
-            negative = negative_prompt or ""
-            negatives = [negative] if isinstance(negative, str) else list(negative)
-            if len(negatives) == 1:
-                negatives = negatives * len(prompt_embeds)
-            negative_prompt_embeds = self.encode_prompts(negatives)
-        if negative_prompt_embeds.shape != prompt_embeds.shape:
+            return positive[None]
+        negative = (
+            encoded[: len(negatives)] if negative_prompt_embeds is None else negative_prompt_embeds
+        )
+        if negative.shape != positive.shape:
             raise EncacheError(
-                f"There are {len(prompt_embeds)} prompts and {len(negative_prompt_embeds)} "
-                "negative ones; give one for all, or one each."
+                f"There are {len(positive)} prompts and {len(negative)} negative ones; give one "
+                "for all, or one each."
             )
-        return torch.stack([negative_prompt_embeds, prompt_embeds])
+        return torch.stack([negative, positive])
 
     def _draw_noise(
         self,
@@ -396,3 +404,7 @@ def make_guide(scale: float | None, rescale: float = 0.0) -> Guide:
         return rescale * matched + (1 - rescale) * noise
 
     return guide
+
+
+def _listed(prompt: Prompt | None) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt or ())

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encache.errors import EncacheError
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,17 +45,26 @@ class Replay:
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> None:
         self._arguments = [one.clone() for one in arguments]
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=_pool()):
+            with torch.cuda.graph(graph, pool=_pool().id):
                 self._value = self._function(*self._arguments)
             self._graph = graph
-        except RuntimeError as error:  # too little memory, or something that cannot be captured
+        except (
+            RuntimeError,
+            EncacheError,
+        ) as error:  # such as too little memory
+            if stream:
+                torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
             self._failed = True
             logger.warning("no CUDA graph, so runs are launched one by one: %s", error)
 
 
 @cache
 def _pool() -> Any:
-    """One pool of memory for all graphs: they run one at a time, and each value is copied out."""
-    return torch.cuda.graph_pool_handle()
+    """One pool of memory for all graphs: they run one at a time, and each value is copied out.
+
+    Held as an object, because a bare handle dies with the last graph that uses it.
+    """
+    return torch.cuda.MemPool()

@@ -81,23 +81,25 @@ class _Engine:
 
     def __init__(self, runtime: Any, folder: Path, manifest: Manifest, graph: str) -> None:
         self._library = load_library(manifest.identity.backend)
-        self._runtime = runtime  # must outlive what it opened
         self._graph = graph
+        self._stream = torch.cuda.Stream()
         content = read_verified(folder, manifest, f"{graph}/{ENGINE}")
-        self._engine = runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
+        engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
             raise EngineError(
                 f"{manifest.identity.backend} cannot open {folder / graph}; its reason is above. "
                 f"Update the NVIDIA driver, or compile anew: {REBUILD}"
             )
+        # Attributes die in the order in which they are first set: each before what it came from.
         self._contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
-        self._stream = torch.cuda.Stream()
-        self._config = self._engine.create_runtime_config()
+        self._config = engine.create_runtime_config()
         strategies = self._library.ExecutionContextAllocationStrategy
         self._config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         folder = folder.resolve()
         self._kernels_path = folder.with_name(f"{folder.name}.{graph}.kernels")
         self._kernels = self._open_kernels()
+        self._engine = engine
+        self._runtime = runtime
 
     @property
     def scratch_bytes(self) -> int:

@@ -132,7 +132,7 @@ def test_scratch_memory_follows_the_largest_sizes(fp16_folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache")  # TensorRT-RTX takes one, to no effect
-def test_a_timing_cache_is_written_and_read(fp16_folder, tmp_path):
+def test_a_timing_cache_is_written(fp16_folder, tmp_path):
     graph, spec = graphs_of("up2")[0][2], graphs_of("up2")[1]
     shapes = profile(graph, Target("any", ("8.9",), (2, 2), 1, (16, 16), (16, 16)), spec)
     path, sizes = tmp_path / "cache.timing", []
@@ -177,9 +177,10 @@ def test_a_gpu_that_is_not_compiled_for_is_refused_at_once(monkeypatch, tmp_path
 
 def test_tensors_that_tensorrt_cannot_read_are_copied():
     plain = torch.randn(2, 4, 8, 8)
-    crooked = [plain[:, :, 1:], plain.to(memory_format=torch.channels_last), plain[1:, 1:]]
+    crooked = [plain[:, :, 1:], plain.to(memory_format=torch.channels_last), plain.flatten()[1:]]
     for tensor in crooked:
         ours = trt.aligned(tensor)
+        assert ours is not tensor
         assert ours.is_contiguous()
         assert ours.data_ptr() % 64 == 0  # as far as the CPU's allocator goes
         torch.testing.assert_close(ours, tensor, rtol=0, atol=0)

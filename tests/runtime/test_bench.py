@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from encache.errors import EncacheError, EngineError
 from encache.runtime.bench import matrix_peak, measure
 from encache.runtime.bench_cli import main
 from encache.runtime.contenders import Task, assemble
@@ -87,7 +88,7 @@ def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
     task = Task("red apple", 4, 7.5, None, None, 1, policies)
     contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "out"], task, False)
     ours = [one for one in contenders if one.backend == "torch"]
-    measure(contenders, task.draw_noises(pipeline, 3), [1], peak_tflops=1.0)
+    measure(contenders, task.draw_noises(pipeline, 3), 1, peak_tflops=1.0)
     # Three draws warm up, three are timed, always by the same graph.
     assert sorted(calls.values()) == [6] * len(ours)
 
@@ -107,9 +108,59 @@ def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
         raise torch.OutOfMemoryError("too much")
 
     contenders.append(replace(contenders[0], backend="greedy", draw=fail))
-    rows, failures = measure(contenders, task.draw_noises(pipeline, 1), [1], peak_tflops=1.0)
-    assert failures == {"greedy, 2 steps, batch 1": "too much"}
-    assert len(rows) == len(contenders) - 1
+    draws = iter(range(3))  # warm-up succeeds
+
+    def tire(_):
+        if next(draws, None) is None:
+            raise ValueError
+
+    contenders.append(replace(contenders[0], backend="tired", draw=tire))
+    rows, failures = measure(contenders, task.draw_noises(pipeline, 1), 1, peak_tflops=1.0)
+    assert failures == {
+        "greedy, 2 steps, batch 1": "too much",
+        "tired, 2 steps, batch 1": "ValueError",
+    }
+    assert len(rows) == len(contenders) - 2
+
+
+def test_a_backend_that_does_not_open_is_named(pipeline):
+    def open_backend(backend, cut):
+        if backend == "tensorrt-rtx":
+            raise EngineError("not here")
+        return EncachePipeline.from_pipe(pipeline, cut)
+
+    task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    wanted = ["tensorrt-rtx", "torch"], ["up2"], task
+    contenders, left_out = assemble(pipeline, open_backend, *wanted, compiling=False)
+    assert left_out == {"tensorrt-rtx, cut up2": "not here"}
+    assert {"torch"} == {one.backend for one in contenders if one.pipeline}
+    with pytest.raises(EncacheError, match="No backend is left to measure: not here"):
+        assemble(pipeline, open_backend, ["tensorrt-rtx"], ["up2"], task, compiling=False)
+
+
+def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
+    calls = []
+
+    def compile(forward):
+        return lambda *arguments, **options: calls.append(1) or forward(*arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    contenders, _ = assemble(
+        pipeline,
+        lambda _, cut: EncachePipeline.from_pipe(pipeline, cut),
+        ["torch"],
+        ["up2"],
+        task,
+        compiling=True,
+    )
+    (noise,) = task.draw_noises(pipeline, 1)
+    plain, compiled = contenders[:2]
+    with compiled.patch():
+        picture = compiled.draw(noise)
+    assert len(calls) == 2
+    torch.testing.assert_close(plain.draw(noise), picture)
+    assert len(calls) == 2
 
 
 def test_a_peer_that_is_missing_is_named(model_folder, monkeypatch):
