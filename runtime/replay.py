@@ -51,10 +51,7 @@ class Replay:
             with torch.cuda.graph(graph, pool=_pool().id):
                 self._value = self._function(*self._arguments)
             self._graph = graph
-        except (
-            RuntimeError,
-            EncacheError,
-        ) as error:  # such as too little memory
+        except (RuntimeError, EncacheError) as error:
             if stream:
                 torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
             self._failed = True
