@@ -82,6 +82,19 @@ def features_table(models: Mapping[str, Any]) -> str:
     return markdown(["model", "mean squares, of shipped", *(f"D = {d}" for d in deltas)], rows)
 
 
+def drift_table(drift: Mapping[str, Any]) -> str:
+    """By tensor: relative squared changes, what a line through two calls misses, and why."""
+    lags = [lag for lag in (1, 5, 10) if lag in drift["lags"]]
+    heads = [f"{lag} calls {what}" for what in ("apart", "beyond a line") for lag in lags]
+    rows = []
+    for name, changes in drift["by_tensor"].items():
+        columns = [changes, drift["extrapolated"][name]]
+        cells = [number(one[drift["lags"].index(lag)]) for one in columns for lag in lags]
+        share = sum(drift["by_time"][name]) / sum(drift["by_call"][name])
+        rows.append((name, *cells, f"{share:.0%}"))
+    return markdown(["feature", *heads, "by the timestep alone"], rows)
+
+
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
     lines = [heads, ["---"] * len(heads), *rows]
@@ -185,6 +198,7 @@ def main() -> None:
         models = {name: answers[f"{name} against {reference}"] for name in variants}
         page = fill(page, f"against {reference}", models_table({"shipped": shipped, **models}))
     page = fill(page, "features", features_table(study["features"]))
+    page = fill(page, "drift", drift_table(study["drift"]))
     PAGE.write_text(page)
 
 
