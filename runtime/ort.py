@@ -18,15 +18,22 @@ _NUMPY = {
     torch.int64: np.int64,
 }
 _ON_GPU = "CUDAExecutionProvider"
+#: Earlier ones run the graphs' Attention on the CPU, whatever the provider (onnxruntime #28025).
+_FIRST_ON_GPU = (1, 25)
 
 
 def open_onnxruntime(folder: Path, manifest: Manifest) -> GraphEngines:
     """Open a folder's graphs, on the GPU where onnxruntime-gpu and one are there.
 
     Raises:
-        EngineError: a file was altered, or ONNX Runtime refuses it.
+        EngineError: a file was altered, ONNX Runtime refuses it, or is too old for a GPU.
     """
     gpu = torch.cuda.is_available() and _ON_GPU in onnxruntime.get_available_providers()
+    if gpu and tuple(map(int, onnxruntime.__version__.split(".")[:2])) < _FIRST_ON_GPU:
+        raise EngineError(
+            f"onnxruntime-gpu {onnxruntime.__version__} computes attention on the CPU: pip install "
+            f'"onnxruntime-gpu>={".".join(map(str, _FIRST_ON_GPU))}".'
+        )
     stream = torch.cuda.Stream() if gpu else None
     graphs = {name: _Session(folder, manifest, name, stream) for name in manifest.graphs}
     return GraphEngines(manifest, graphs, "cuda" if gpu else "cpu", capturable=False)

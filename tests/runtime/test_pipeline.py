@@ -1,6 +1,7 @@
 """Every key call equals diffusers; encoder propagation equals its formula."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -294,6 +295,14 @@ def test_from_pretrained_builds_and_opens(model_folder, engine_folder, pipeline)
         assert_close(latents(ours, stride=1), latents(pipeline), 1e-3)
     ours = EncachePipeline.from_single_file(model_folder, backend="torch", cut="mid")
     assert_close(latents(ours, stride=1), latents(pipeline))
+
+
+def test_an_onnx_runtime_too_old_for_a_gpu(engine_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
+    with pytest.raises(EncacheError, match=r"on the CPU: pip install .*>=1.25"):
+        EncachePipeline.from_engines(engine_folder)
 
 
 def test_a_run_leaves_nothing_to_the_next(pipeline):
