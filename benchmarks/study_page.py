@@ -115,7 +115,7 @@ def fill(page: str, name: str, content: str) -> str:
 
 def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) -> None:
     """Latent error with its interval against x."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.add_subplot(yscale="log", xscale="log" if logarithmic else "linear")
     for index, (label, points) in enumerate(lines.items()):
         xs, means, lows, highs = zip(*sorted(points), strict=True)
@@ -129,7 +129,7 @@ def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) ->
         axes.minorticks_off()
     axes.set(xlabel=x_name, ylabel="relative squared latent error")
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # equal data, equal file
         figure.savefig(path, metadata={"Date": None})
 
