@@ -278,7 +278,9 @@ def test_a_full_disk(model_folder, engine_folder, tmp_path):
 
 
 def test_ctrl_c_leaves_nothing_half_written(model_folder, engine_folder, tmp_path):
-    command = [sys.executable, "-c", "from encache.runtime.cli import main; main()"]
+    # Started in the background of a shell, a process ignores Ctrl-C unless it asks for it.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", f"{code}from encache.runtime.cli import main; main()"]
     command += ["--ckpt", model_folder, "--engine-dir", engine_folder.parent, "--prompt", "x"]
     command += ["--steps", "999", "--stride", "1", "--num-images", "8", "--output", tmp_path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
