@@ -26,11 +26,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from encache.evaluate.drift import measure_drift
 from encache.evaluate.extractors import load_extractor
 from encache.evaluate.real import read_real
 from encache.evaluate.report import strict
-from encache.evaluate.results import Drift
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting, read_prompts
@@ -43,7 +41,6 @@ from encache.model.text import tokenize
 from encache.runtime.blend import Blend
 from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
 from encache.runtime.machine import describe_machine
-from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise
 from encache.train.fcr import consistency, mean_square
@@ -302,7 +299,7 @@ def report(evaluation: Evaluation, output: Path) -> None:
         },
         "answers": rows,
         "features": features(evaluation),
-        "drift": asdict(drift(evaluation)),
+        "drift": asdict(evaluation.drift(plain(50), NUM_DRIFT)),
     }
     write_atomically(output, json.dumps(strict(content), allow_nan=False).encode() + b"\n")
 
@@ -311,19 +308,6 @@ def errors(evaluation: Evaluation, setting: Setting, reference: Setting) -> list
     """Of each picture, to five digits."""
     found = evaluation.compare_all(setting, reference)["latent_error"]
     return [float(f"{error:.5g}") for error in found]
-
-
-def drift(evaluation: Evaluation) -> Drift:
-    """Which of the shipped model's features change from call to call, and why."""
-    model, protocol = evaluation.models[SHIPPED], evaluation.protocol
-    seeds = range(NUM_DRIFT)
-    return measure_drift(
-        EncachePipeline.from_pipe(model.diffusers, "mid"),
-        protocol.prompts_of(seeds),
-        seeds,
-        num_inference_steps=50,
-        guidance_scale=protocol.guidance_scale,
-    )
 
 
 def features(evaluation: Evaluation) -> dict[str, dict]:

@@ -201,11 +201,12 @@ def bootstrap_ratio(
             f"A paired ratio needs equally many values, got {above.shape} and {below.shape}. "
             "Measure both on the same pictures."
         )
+    tops, bottoms = above, below  # of what is drawn: values, or sums over groups
     if groups is not None and len(set(groups)) > 1:
         _, group = np.unique(np.asarray(groups), return_inverse=True)
-        above, below = (np.bincount(group, one).astype(np.float64) for one in (above, below))
-    drawn = [above[one].sum(1) / below[one].sum(1) for one in _draws(len(above), resamples, seed)]
-    return float(above.sum() / below.sum()), *_percentiles(np.concatenate(drawn), level)
+        tops, bottoms = (np.bincount(group, one).astype(np.float64) for one in (above, below))
+    drawn = [tops[one].sum(1) / bottoms[one].sum(1) for one in _draws(len(tops), resamples, seed)]
+    return float(above.mean() / below.mean()), *_percentiles(np.concatenate(drawn), level)
 
 
 def _draws(num_values: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -172,9 +172,12 @@ class Evaluation:
         """What `extract` finds in all batches, joined."""
         return join(self.extract(setting, one) for one in self.protocol.batches)
 
-    def drift(self, full: Setting) -> Drift:
-        """How fast the features at the cut "mid" change over the calls of the full sampler."""
-        pictures = range(min(2, self.protocol.num_images))  # features of many calls are kept
+    def drift(self, full: Setting, num_images: int = 2) -> Drift:
+        """How fast the features at the cut "mid" change over the calls of the full sampler.
+
+        Few pictures are enough, and the features of many calls are kept at once.
+        """
+        pictures = range(min(num_images, self.protocol.num_images))
 
         def measure() -> Arrays:
             model = self.models[full.model]

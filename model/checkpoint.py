@@ -62,10 +62,7 @@ class Checkpoint:
         if self.weights:
             return self.weights.stem
         assert self.folder is not None
-        folder = self.folder.resolve()
-        if folder.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/hash
-            return folder.parent.parent.name.split("--")[-1]
-        return folder.name
+        return (_hub_id(self.folder) or self.folder.resolve().name).rpartition("/")[-1]
 
     @property
     def base_name(self) -> str | None:
@@ -77,10 +74,7 @@ class Checkpoint:
             return None
         if self.folder == default_model():
             return DEFAULT_MODEL_NAME
-        folder = self.folder.resolve()
-        if folder.parent.name == "snapshots":  # a hub id names it on every machine
-            return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-        return str(folder)
+        return _hub_id(self.folder) or str(self.folder.resolve())
 
     def files(self) -> Iterator[Path]:
         """Every file of the model that determines an image, in a stable order."""
@@ -105,6 +99,14 @@ class Checkpoint:
             total.update(hashlib.sha256(lora.path.read_bytes()).digest())
             total.update(f"lora {lora.scale}".encode())
         return total.hexdigest()
+
+
+def _hub_id(folder: Path) -> str | None:
+    """What names a folder of the hub's cache on every machine; None for any other folder."""
+    folder = folder.resolve()
+    if folder.parent.name != "snapshots":  # models--owner--name/snapshots/hash
+        return None
+    return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def default_picture_size(checkpoint: Checkpoint) -> int:

@@ -19,6 +19,13 @@ def bench(*arguments):
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
+def by_torch(pipeline, task, compiling=False):
+    def open_backend(_, cut):
+        return EncachePipeline.from_pipe(pipeline, cut)
+
+    return assemble(pipeline, open_backend, ["torch"], ["up2"], task, compiling)[0]
+
+
 def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
     path = tmp_path / "bench.json"
     result = bench(
@@ -95,14 +102,7 @@ def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
 
 def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
     task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
-    contenders, _ = assemble(
-        pipeline,
-        lambda _, cut: EncachePipeline.from_pipe(pipeline, cut),
-        ["torch"],
-        ["up2"],
-        task,
-        False,
-    )
+    contenders = by_torch(pipeline, task)
 
     def fail(_):
         raise torch.OutOfMemoryError("too much")
@@ -146,14 +146,7 @@ def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
-    contenders, _ = assemble(
-        pipeline,
-        lambda _, cut: EncachePipeline.from_pipe(pipeline, cut),
-        ["torch"],
-        ["up2"],
-        task,
-        compiling=True,
-    )
+    contenders = by_torch(pipeline, task, compiling=True)
     (noise,) = task.draw_noises(pipeline, 1)
     plain, compiled = contenders[:2]
     with compiled.patch():
