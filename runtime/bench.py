@@ -55,7 +55,6 @@ class Row:
 def measure(
     contenders: Sequence[Contender],
     noises: Sequence[Tensor],
-    batch: int,
     peak_tflops: float,
     baseline: Row | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
@@ -63,14 +62,14 @@ def measure(
 
     Args:
         contenders: without a baseline, speeds are ratios to the first.
-        noises: one per repetition [n, 4, h, w], of which a batch takes as many as it needs.
-        batch: how many pictures at once.
+        noises: one batch [batch, 4, h, w] per repetition.
         peak_tflops: of one large matrix product here.
         baseline: what speeds are ratios to.
 
     Returns:
         The rows, and of each contender that cannot run the reason.
     """
+    batch = len(noises[0])
     failures: dict[str, str] = {}
     peaks: dict[Contender, int | None] = {}
     seconds: dict[Contender, list[float]] = {one: [] for one in contenders}
@@ -83,19 +82,19 @@ def measure(
             yield
         except Exception as error:  # of any library that a contender brings
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            failures[f"{one.backend}, {one.sampling}, batch {batch}"] = reason
+            failures[f"{one.backend}, {one.sampling}"] = reason
             del seconds[one]
 
     for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
         with sparing(one):
-            peaks[one] = _warm_up(one, noises[0][:batch])
+            peaks[one] = _warm_up(one, noises[0])
     for noise in tqdm(noises, desc=f"measure, batch {batch}"):
         for one, times in list(seconds.items()):
             with sparing(one):
-                times.append(_timed(one, noise[:batch]))
+                times.append(_timed(one, noise))
     for one in list(seconds):
         with sparing(one):
-            parts[one] = _parts(one, noises[0][:batch])
+            parts[one] = _parts(one, noises[0])
     rows: list[Row] = []
     for one, times in seconds.items():
         median = statistics.median(times)
@@ -122,13 +121,14 @@ def measure(
 
 
 def _warm_up(contender: Contender, noise: Tensor) -> int | None:
-    """Draw three times, which allocates, captures and replays; the peak of PyTorch's memory."""
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
+    """Draw once, on a GPU also capture and replay; the peak of PyTorch's memory there."""
+    if not torch.cuda.is_available():
+        _timed(contender, noise)
+        return None
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         _timed(contender, noise)
-    return torch.cuda.max_memory_allocated() if gpu else None
+    return torch.cuda.max_memory_allocated()
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from encache.command import Command
+from encache.errors import EncacheError
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.target import make_target
@@ -56,8 +57,7 @@ from encache.model.features import CUTS, Cut, check_size
     multiple=True,
     default=(1,),
     show_default=True,
-    help="Pictures at once; repeatable. TensorRT engines are compiled for all of them, so that "
-    "one size alone is faster.",
+    help="Pictures at once; repeatable. Each has TensorRT engines of its own.",
 )
 @click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
@@ -120,34 +120,44 @@ def main(
     policies: dict[str, dict[str, Any]] = {f"stride {n}": {"stride": n} for n in strides}
     if paper:
         policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}
-    task = Task("red apple", steps, guidance_scale, height, width, max(batches), policies)
 
-    def open_backend(backend: str, cut: Cut) -> EncachePipeline:
-        if backend == "torch":
-            return EncachePipeline.from_pipe(pipeline, cut, capturable=True)
-        target = None
-        if backend in TENSORRT_BACKENDS:
-            target = make_target(
-                checkpoint,
-                backend,
-                cut,
-                rows=(task.rows * min(batches), task.rows * max(batches)),
-                height=(height, height) if height else None,
-                width=(width, width) if width else None,
-            )
-        # Exactly these, not wider ones that happen to be there: they would be slower.
-        request = Request(checkpoint, cut, dtype, backend, target)
-        folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
-        return EncachePipeline.from_engines(folder)
-
-    contenders, left_out = assemble(pipeline, open_backend, backends, cuts, task, compiling)
+    task = Task("red apple", steps, guidance_scale, height, width, policies)
     peak = matrix_peak(device, TORCH_DTYPES[dtype])
-    noises = task.draw_noises(pipeline, repeats)
     rows: list[Row] = []
+    left_out: dict[str, str] = {}
+
+    def measure_batch(batch: int) -> tuple[list[Row], dict[str, str]]:
+        def open_backend(backend: str, cut: Cut) -> EncachePipeline:
+            if backend == "torch":
+                return EncachePipeline.from_pipe(pipeline, cut, capturable=True)
+            target = None
+            if backend in TENSORRT_BACKENDS:
+                target = make_target(
+                    checkpoint,
+                    backend,
+                    cut,
+                    rows=(task.rows * batch, task.rows * batch),
+                    height=(height, height) if height else None,
+                    width=(width, width) if width else None,
+                )
+            # Exactly these, not wider ones that happen to be there: they would be slower.
+            request = Request(checkpoint, cut, dtype, backend, target)
+            folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
+            return EncachePipeline.from_engines(folder)
+
+        contenders, absent = assemble(pipeline, open_backend, backends, cuts, task, compiling)
+        if not rows and not any(one.pipeline for one in contenders):
+            why = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+            raise EncacheError(f"No backend is left to measure. {why}")
+        noises = task.draw_noises(pipeline, batch, repeats)
+        measured, failures = measure(contenders, noises, peak, rows[0] if rows else None)
+        return measured, absent | failures
+
     for batch in batches:
-        measured, failures = measure(contenders, noises, batch, peak, rows[0] if rows else None)
+        measured, reasons = measure_batch(batch)
         rows += measured
-        left_out |= failures
+        left_out |= {f"{name}, batch {batch}": reason for name, reason in reasons.items()}
+        torch.cuda.empty_cache()  # for the next batch's engines, which allocate by themselves
         if json_path:
             report = {
                 "machine": describe_machine(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from encache.errors import EncacheError, EngineError
+from encache.errors import EngineError
 from encache.runtime.bench import matrix_peak, measure
 from encache.runtime.bench_cli import main
 from encache.runtime.contenders import Task, assemble
@@ -61,11 +61,11 @@ def test_every_full_sampler_draws_the_same(pipeline, up2_folder):
             return EncachePipeline.from_pipe(pipeline, cut)
         return EncachePipeline.from_engines(up2_folder)
 
-    task = Task("red apple", 4, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    task = Task("red apple", 4, 7.5, None, None, {"stride 2": {"stride": 2}})
     contenders, _ = assemble(
         pipeline, open_backend, ["torch", "onnxruntime"], ["up2"], task, compiling=False
     )
-    (noise,) = task.draw_noises(pipeline, 1)
+    (noise,) = task.draw_noises(pipeline, 1, 1)
     full = [one.draw(noise) for one in contenders if one.sampling == "4 steps"]
     assert len(full) == 3
     for picture in full[1:]:
@@ -92,33 +92,33 @@ def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
 
     monkeypatch.setattr("encache.runtime.pipeline.Replay", Counted)
     policies = {f"stride {n}": {"stride": n} for n in (2, 3)}
-    task = Task("red apple", 4, 7.5, None, None, 1, policies)
+    task = Task("red apple", 4, 7.5, None, None, policies)
     contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "out"], task, False)
     ours = [one for one in contenders if one.backend == "torch"]
-    measure(contenders, task.draw_noises(pipeline, 3), 1, peak_tflops=1.0)
-    # Three draws warm up, three are timed, always by the same graph.
-    assert sorted(calls.values()) == [6] * len(ours)
+    measure(contenders, task.draw_noises(pipeline, 1, 3), peak_tflops=1.0)
+    # One draw warms up, three are timed, always by the same graph.
+    assert sorted(calls.values()) == [4] * len(ours)
 
 
 def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
-    task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    task = Task("red apple", 2, 7.5, None, None, {"stride 2": {"stride": 2}})
     contenders = by_torch(pipeline, task)
 
     def fail(_):
         raise torch.OutOfMemoryError("too much")
 
     contenders.append(replace(contenders[0], backend="greedy", draw=fail))
-    draws = iter(range(3))  # warm-up succeeds
+    draws = iter(range(1))  # warm-up succeeds
 
     def tire(_):
         if next(draws, None) is None:
             raise ValueError
 
     contenders.append(replace(contenders[0], backend="tired", draw=tire))
-    rows, failures = measure(contenders, task.draw_noises(pipeline, 1), 1, peak_tflops=1.0)
+    rows, failures = measure(contenders, task.draw_noises(pipeline, 1, 1), peak_tflops=1.0)
     assert failures == {
-        "greedy, 2 steps, batch 1": "too much",
-        "tired, 2 steps, batch 1": "ValueError",
+        "greedy, 2 steps": "too much",
+        "tired, 2 steps": "ValueError",
     }
     assert len(rows) == len(contenders) - 2
 
@@ -129,13 +129,18 @@ def test_a_backend_that_does_not_open_is_named(pipeline):
             raise EngineError("not here")
         return EncachePipeline.from_pipe(pipeline, cut)
 
-    task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    task = Task("red apple", 2, 7.5, None, None, {"stride 2": {"stride": 2}})
     wanted = ["tensorrt-rtx", "torch"], ["up2"], task
     contenders, left_out = assemble(pipeline, open_backend, *wanted, compiling=False)
     assert left_out == {"tensorrt-rtx, cut up2": "not here"}
     assert {"torch"} == {one.backend for one in contenders if one.pipeline}
-    with pytest.raises(EncacheError, match="No backend is left to measure: not here"):
-        assemble(pipeline, open_backend, ["tensorrt-rtx"], ["up2"], task, compiling=False)
+
+
+def test_no_backend_that_opens(model_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    result = bench("--ckpt", model_folder, "--backend", "tensorrt", "--cut", "mid", "--steps", 2)
+    assert result.exit_code == 1
+    assert "No backend is left to measure. tensorrt, cut mid: " in result.stderr
 
 
 def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
@@ -145,9 +150,9 @@ def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
         return lambda *arguments, **options: calls.append(1) or forward(*arguments, **options)
 
     monkeypatch.setattr(torch, "compile", compile)
-    task = Task("red apple", 2, 7.5, None, None, 1, {"stride 2": {"stride": 2}})
+    task = Task("red apple", 2, 7.5, None, None, {"stride 2": {"stride": 2}})
     contenders = by_torch(pipeline, task, compiling=True)
-    (noise,) = task.draw_noises(pipeline, 1)
+    (noise,) = task.draw_noises(pipeline, 1, 1)
     plain, compiled = contenders[:2]
     with compiled.patch():
         picture = compiled.draw(noise)
@@ -163,7 +168,7 @@ def test_a_peer_that_is_missing_is_named(model_folder, monkeypatch):
         *("--steps", 2, "--stride", 2, "--repeats", 1),
     )
     assert result.exit_code == 0, result.output
-    assert "tomesd is left out" in result.stdout
+    assert "tomesd, batch 1 is left out" in result.stdout
     assert "diffusers, DeepCache" in result.stdout
 
 
