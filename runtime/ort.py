@@ -20,6 +20,8 @@ _NUMPY = {
 _ON_GPU = "CUDAExecutionProvider"
 #: Earlier ones run the graphs' Attention on the CPU, whatever the provider (onnxruntime #28025).
 _FIRST_ON_GPU = (1, 25)
+#: In the text of an error that means too little memory.
+_NO_MEMORY = "AllocateRawInternal"
 
 
 def open_onnxruntime(folder: Path, manifest: Manifest) -> GraphEngines:
@@ -45,6 +47,7 @@ class _Session:
     def __init__(
         self, folder: Path, manifest: Manifest, graph: str, stream: torch.cuda.Stream | None
     ) -> None:
+        self._graph = graph
         self._stream = stream
         options = onnxruntime.SessionOptions()
         # Threads spin within a run, which is fastest, and stop after it: torch and the other
@@ -93,7 +96,12 @@ class _Session:
             binding.bind_output(name, *_place(tensor))
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
-        self._session.run_with_iobinding(binding, self._run_options)
+        try:
+            self._session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:  # ONNX Runtime raises its own untyped exceptions
+            if _NO_MEMORY in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise EngineError(f"ONNX Runtime cannot run {self._graph}: {error}") from error
         if self._stream:
             torch.cuda.current_stream().wait_stream(self._stream)
 

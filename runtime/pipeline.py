@@ -199,7 +199,8 @@ class EncachePipeline:
                 {"latents"}; it may read but not replace them.
             callback_on_step_end_tensor_inputs: only "latents" exists here.
             stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`.
-            max_decode_batch: most rows (calls x images x guidance) in one decoder run.
+            max_decode_batch: most rows (calls x images x guidance) in one decoder run; where memory
+                runs short, runs are split further.
 
         Returns:
             StableDiffusionPipelineOutput; `nsfw_content_detected` is None.
@@ -237,9 +238,8 @@ class EncachePipeline:
             images = self.decode(latents, output_type)
         except torch.OutOfMemoryError as error:
             raise EncacheError(
-                f"The GPU's memory does not hold a batch of {plan.longest_decode * rows} rows "
-                f"({plan.longest_decode} calls): lower max_decode_batch (--max-decode-batch), to "
-                f"{rows} at the least, or make fewer or smaller pictures at once."
+                f"Memory does not hold one call of {rows} rows (pictures, times two with "
+                "guidance): make fewer or smaller pictures at once."
             ) from error
         if not return_dict:
             return images, None

@@ -1,5 +1,6 @@
 """The sampling loop: execute a plan over an engine pair."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from encache.runtime.engines import Engines, allocate_ring
 from encache.runtime.plan import Decode, Encode, Plan
+
+logger = logging.getLogger(__name__)
 
 #: Combines noise [K, G, n, 4, h, w] over the guidance axis G into [K, n, 4, h, w].
 Guide = Callable[[Tensor], Tensor]
@@ -39,6 +42,7 @@ class Sampling:
         self._history = torch.empty(plan.num_calls + 1, *shape, device=engines.device)
         self._samples = self._place(plan.samples)
         self._num_calls = plan.num_calls
+        self._calls_at_once = plan.longest_decode
         self._steps = [
             (step, self._place(step.row[: step.call + 1]), self._place([step.timestep]))
             if isinstance(step, Encode)
@@ -68,12 +72,33 @@ class Sampling:
                 latents = latents.to(self._engines.dtype).repeat(self._num_guided, 1, 1, 1)
                 self._engines.encode(latents, timesteps, text, self._ring, step.slot)
             else:
-                predicted = self._engines.decode(self._ring, numbers, timesteps, text)
+                predicted = self._decode(numbers, timesteps, text)
                 predicted = predicted.float().view(len(timesteps), self._num_guided, *noise.shape)
                 self._history[step.start + 1 : step.stop + 1] = self._guide(predicted)
                 if on_decoded:
                     on_decoded(step, self._latents_before)
         return self._latents_before(self._num_calls)
+
+    def _decode(self, weights: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Noise of the calls in one run of the decoder, or in as many as memory asks for."""
+        try:
+            parts = zip(
+                weights.split(self._calls_at_once),
+                timesteps.split(self._calls_at_once),
+                strict=True,
+            )
+            return torch.cat([self._engines.decode(self._ring, *part, text) for part in parts])
+        except torch.OutOfMemoryError:
+            calls = min(len(timesteps), self._calls_at_once)
+            if calls == 1:
+                raise
+            self._calls_at_once = (calls + 1) // 2
+            logger.warning(
+                "memory does not hold %d calls in one run of the decoder; going on with %d",
+                calls,
+                self._calls_at_once,
+            )
+        return self._decode(weights, timesteps, text)  # outside, where nothing is held any more
 
     def _latents_before(self, call: int) -> Tensor:
         row = self._samples[call, : call + 1]

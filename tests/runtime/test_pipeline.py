@@ -337,12 +337,30 @@ def test_compiled_engines_bound_what_may_be_asked(pipeline):
             latents(ours, **changes)
 
 
-def test_too_little_memory_says_what_to_lower(pipeline):
+def test_the_decoder_runs_in_parts_where_memory_is_short(pipeline, caplog):
     ours = EncachePipeline.from_pipe(pipeline, "up2")
+    expected = latents(ours, stride=10)
+    decode, sizes, callbacks = ours.engines.decode, [], []
 
-    def decode(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+    def decode_few(ring, weights, *more):
+        sizes.append(len(weights))
+        if len(weights) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(ring, weights, *more)
 
-    ours.engines.decode = decode
-    with pytest.raises(EncacheError, match=r"10 rows \(5 calls\).*--max-decode-batch\), to 2"):
-        latents(ours, stride=5)
+    ours.engines.decode = decode_few
+    actual = latents(
+        ours, stride=10, callback_on_step_end=lambda pipe, call, *_: callbacks.append(call)
+    )
+    assert_close(actual, expected, 1e-4)
+    # Learned once; every part and every call once.
+    assert sizes == [10, 5, 3, 3, 3, 1]
+    assert callbacks == list(range(10))
+    assert "going on with 3" in caplog.text
+
+
+def test_too_little_memory_for_one_call(up2_folder):
+    ours = EncachePipeline.from_engines(up2_folder)
+    # The matrix of attention over so many pixels has 32 TiB.
+    with pytest.raises(EncacheError, match="Memory does not hold one call of 2 rows"):
+        latents(ours, height=2048, width=2048)
