@@ -55,8 +55,8 @@ class Model:
         """The undivided pipeline, on the backend's device."""
         if self.backend.dtype == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # it would put a floor under small errors
-        pipeline = load_pipeline(self.checkpoint, TORCH_DTYPES[self.backend.dtype])
-        return pipeline.to(self.backend.device)
+        dtype = TORCH_DTYPES[self.backend.dtype]
+        return load_pipeline(self.checkpoint, dtype, self.backend.device)
 
     @cached_property
     def spec(self) -> ImageSpec:

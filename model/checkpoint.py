@@ -235,13 +235,16 @@ def _reason(error: Exception) -> str:
 
 
 def load_pipeline(
-    checkpoint: Checkpoint, dtype: "torch.dtype | None" = None
+    checkpoint: Checkpoint,
+    dtype: "torch.dtype | None" = None,
+    device: "torch.device | str" = "cpu",
 ) -> "StableDiffusionPipeline":
     """Load the checkpoint as a StableDiffusionPipeline without safety checker.
 
     Args:
         checkpoint: from `find_checkpoint`.
         dtype: of the weights; float32 by default.
+        device: that will run it.
 
     Raises:
         CheckpointError: the files are damaged or belong to another architecture.
@@ -279,6 +282,11 @@ def load_pipeline(
     for lora in checkpoint.loras:
         fuse(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if torch.device(device).type == "cuda":
+        # As its convolutions read them; on a CPU they are a quarter slower that way.
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline
 
 

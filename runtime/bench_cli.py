@@ -116,7 +116,7 @@ def main(
         checkpoint = find_checkpoint(ckpt, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
-    pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype]).to(device)
+    pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
     policies: dict[str, dict[str, Any]] = {f"stride {n}": {"stride": n} for n in strides}
     if paper:
         policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}

@@ -401,9 +401,9 @@ def _compare(
     if isinstance(pipeline.engines, TorchEngines):
         plain, cached = pipeline.engines.pipeline, [pipeline]
     else:
-        gpu = pipeline.engines.device.type == "cuda"  # there, precision is part of the speed
-        plain = load_pipeline(source, pipeline.engines.dtype if gpu else None)
-        plain.to(pipeline.engines.device)
+        device = pipeline.engines.device
+        gpu = device.type == "cuda"  # there, precision is part of the speed
+        plain = load_pipeline(source, pipeline.engines.dtype if gpu else None, device)
         cached = [EncachePipeline.from_pipe(plain, cut, capturable=True), pipeline]
     plain.scheduler = pipeline.scheduler
     for one in cached:

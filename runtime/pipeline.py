@@ -133,7 +133,7 @@ class EncachePipeline:
         if dtype not in TORCH_DTYPES:
             raise EncacheError(f"There is no {dtype!r}. Choose one of {', '.join(TORCH_DTYPES)}.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype]).to(device)
+        pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
         return cls.from_pipe(pipeline, cut, capturable=True)
 
     @classmethod

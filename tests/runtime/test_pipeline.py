@@ -50,6 +50,14 @@ def test_every_cut_equals_diffusers(pipeline, cut):
     assert_close(latents(ours, stride=1), latents(pipeline))
 
 
+def test_channels_last_changes_nothing(pipeline):
+    """As checkpoints are loaded on a GPU."""
+    ours = EncachePipeline.from_pipe(pipeline, "up1")
+    expected = latents(ours, stride=5)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    assert_close(latents(ours, stride=5), expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_onnx_runtime_equals_diffusers(engine_folder, up2_folder, pipeline, name):
     pipeline.scheduler = solver(name)
