@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -62,11 +62,14 @@ def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
     }
 
 
-def other_parts() -> dict[str, tuple[float, int]]:
-    """GFLOP and bytes of encoding the prompt with its negative, and of decoding the picture."""
+def other_parts(small: bool) -> dict[str, tuple[float, int]]:
+    """GFLOP and bytes of encoding the prompt with its negative, and of decoding the picture.
+
+    With a small decoder, by AutoencoderTiny.
+    """
     with torch.device("meta"):
         text_encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER))
-        vae = AutoencoderKL(**SD15_VAE)
+        vae = AutoencoderTiny() if small else AutoencoderKL(**SD15_VAE)
         tokens = torch.zeros(ROWS, 77, dtype=torch.int64)
         latents = torch.empty(1, 4, LATENT, LATENT)
 
@@ -76,7 +79,7 @@ def other_parts() -> dict[str, tuple[float, int]]:
             gflop(text_encoder, tokens),
             num_bytes(text_encoder) - num_bytes(text_encoder.get_input_embeddings()),
         ),
-        "image decoder": (gflop(vae.decode, latents), num_bytes(vae.decoder, vae.post_quant_conv)),
+        "image decoder": (gflop(vae.decode, latents), num_bytes(vae.decoder)),
     }
 
 
@@ -88,13 +91,14 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=165.2, help="peak of the GPU (RTX 4090)")
     parser.add_argument("--bandwidth", type=float, default=1008, help="GB/s (RTX 4090)")
     parser.add_argument("--reached", type=float, default=1.0, help="share of the peak reached")
+    parser.add_argument("--tiny-vae", action="store_true", help="decode by AutoencoderTiny")
     options = parser.parse_args()
 
     def milliseconds(gflop: float, size: float) -> float:
         arithmetic = gflop / options.tflops / options.reached
         return max(arithmetic, size / options.bandwidth / 1e6)
 
-    others = other_parts()
+    others = other_parts(options.tiny_vae)
     cuts = {cut: unet_parts(cut) for cut in CUTS}
     print("| part | GFLOP | MB | ms |\n|---|---|---|---|")
     for name, (cost, size) in others.items():

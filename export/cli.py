@@ -85,6 +85,7 @@ def main(
     ckpt: str | None,
     base: str | None,
     loras: tuple[str, ...],
+    vae: str | None,
     cut: Cut,
     dtype: str | None,
     backend: str,
@@ -106,7 +107,7 @@ def main(
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
     """
     target = None
-    checkpoint = find_checkpoint(ckpt, base, loras)
+    checkpoint = find_checkpoint(ckpt, base, loras, vae)
     if backend in TENSORRT_BACKENDS:
         check_size(*(height or ()), *(width or ()))
         target = make_target(

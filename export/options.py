@@ -22,6 +22,10 @@ _OPTIONS = (
         help="FILE.safetensors or FILE.safetensors:SCALE, fused into the weights; repeatable.",
     ),
     click.option(
+        "--vae",
+        help="Folder or hub id of another autoencoder, such as the small madebyollin/taesd.",
+    ),
+    click.option(
         "--cut",
         type=click.Choice(CUTS),
         default=DEFAULT_CUT,
@@ -35,7 +39,7 @@ _OPTIONS = (
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --ckpt, --base, --lora, --cut and --dtype to a command, in this order."""
+    """Add --ckpt, --base, --lora, --vae, --cut and --dtype to a command, in this order."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function

@@ -6,7 +6,7 @@ Finding and fingerprinting a checkpoint needs no torch, so a finished export is 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from encache.errors import CheckpointError
 from encache.model.features import ImageSpec
 from encache.model.lora import Lora, find_lora, fuse
+from encache.model.vae import check_vae, replace_vae
 from encache.model.weights import read_header, refuse_pickle
 
 if TYPE_CHECKING:
@@ -45,24 +46,26 @@ class Checkpoint:
         weights: safetensors file whose tensors replace those of the folder.
         holds: "pipeline" for a single-file Stable Diffusion, "unet" for UNet weights alone.
         loras: fused into the weights, in this order.
+        vae: folder of an autoencoder that replaces the model's own.
     """
 
     folder: Path | None
     weights: Path | None = None
     holds: str = "pipeline"
     loras: tuple[Lora, ...] = ()
+    vae: Path | None = None
 
     @property
     def name(self) -> str:
         """Short name for folders and reports."""
-        return "+".join((self._model_name, *(lora.path.stem for lora in self.loras)))
-
-    @property
-    def _model_name(self) -> str:
         if self.weights:
-            return self.weights.stem
-        assert self.folder is not None
-        return (_hub_id(self.folder) or self.folder.resolve().name).rpartition("/")[-1]
+            model = self.weights.stem
+        else:
+            assert self.folder is not None
+            model = _folder_name(self.folder)
+        changes = [lora.path.stem for lora in self.loras]
+        changes += [_folder_name(self.vae)] if self.vae else []
+        return "+".join((model, *changes))
 
     @property
     def base_name(self) -> str | None:
@@ -78,12 +81,13 @@ class Checkpoint:
 
     def files(self) -> Iterator[Path]:
         """Every file of the model that determines an image, in a stable order."""
-        if self.folder:
-            for part in _PARTS:
-                path = self.folder / part
-                inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-                yield from (file for file in inside if file.suffix in {".json", ".txt"})
-                yield from (file for file in inside if _is_loaded(file))
+        parts = {part: self.folder / part for part in _PARTS} if self.folder else {}
+        if self.vae:
+            parts["vae"] = self.vae
+        for path in parts.values():
+            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+            yield from (file for file in inside if file.suffix in {".json", ".txt"})
+            yield from (file for file in inside if _is_loaded(file))
         if self.weights:
             yield self.weights
 
@@ -107,6 +111,10 @@ def _hub_id(folder: Path) -> str | None:
     if folder.parent.name != "snapshots":  # models--owner--name/snapshots/hash
         return None
     return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _folder_name(folder: Path) -> str:
+    return (_hub_id(folder) or folder.resolve().name).rpartition("/")[-1]
 
 
 def default_picture_size(checkpoint: Checkpoint) -> int:
@@ -136,6 +144,7 @@ def find_checkpoint(
     ckpt: str | Path | None = None,
     base: str | Path | None = None,
     loras: Sequence[str] = (),
+    vae: str | Path | None = None,
 ) -> Checkpoint:
     """Find out what `ckpt` is, without loading it.
 
@@ -145,12 +154,17 @@ def find_checkpoint(
         base: diffusers folder or hub id that completes a `.safetensors` file. UNet weights that
             name their base in their header do not need it.
         loras: LoRA files, each as FILE or FILE:SCALE.
+        vae: folder or hub id of an autoencoder that replaces the model's own.
 
     Raises:
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
     """
     found = _find_weights(default_model() if ckpt is None else ckpt, base)
-    return replace(found, loras=tuple(find_lora(one) for one in loras))
+    return replace(
+        found,
+        loras=tuple(find_lora(one) for one in loras),
+        vae=_find_vae(vae) if vae else None,
+    )
 
 
 def _find_weights(ckpt: str | Path, base: str | Path | None) -> Checkpoint:
@@ -218,11 +232,25 @@ def _refuse_unusable(path: Path) -> None:
             raise CheckpointError(f"{path} is incomplete: it holds no {part} folder.")
 
 
+def _find_vae(vae: str | Path) -> Path:
+    path = Path(vae).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(str(vae)):
+        return check_vae(path)
+    from huggingface_hub import snapshot_download
+
+    kinds = ["config.json", "*.safetensors"]
+    return check_vae(_fetch(str(vae), lambda: snapshot_download(str(vae), allow_patterns=kinds)))
+
+
 def _download(hub_id: str) -> Path:
     from diffusers import DiffusionPipeline
 
+    return _fetch(hub_id, lambda: DiffusionPipeline.download(hub_id, use_safetensors=True))
+
+
+def _fetch(hub_id: str, download: Callable[[], str]) -> Path:
     try:
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+        return Path(download())
     except Exception as error:  # several layers of clients, each with exceptions of its own
         raise CheckpointError(
             f"{hub_id!r} is no local path and could not be fetched from the hub: {_reason(error)}"
@@ -252,8 +280,9 @@ def load_pipeline(
     import torch
     from diffusers import StableDiffusionPipeline
 
+    dtype = dtype or torch.float32
     options = {
-        "torch_dtype": dtype or torch.float32,
+        "torch_dtype": dtype,
         "safety_checker": None,
         "requires_safety_checker": False,
         "use_safetensors": True,
@@ -281,6 +310,8 @@ def load_pipeline(
         _lay_over(pipeline.unet, checkpoint)
     for lora in checkpoint.loras:
         fuse(pipeline, lora)
+    if checkpoint.vae:
+        replace_vae(pipeline, checkpoint.vae, dtype)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     if torch.device(device).type == "cuda":

@@ -149,6 +149,7 @@ def main(
     ckpt: str | None,
     base: str | None,
     loras: tuple[str, ...],
+    vae: str | None,
     cut: Cut,
     dtype: str | None,
     backend: str,
@@ -179,7 +180,7 @@ def main(
     check_size(*(side for side in (height, width) if side))
     dtype = dtype or default_dtype(backend)
     seeds = range(seed, seed + (repeats if comparing else num_images))
-    source = None if one_folder else find_checkpoint(ckpt, base, loras)
+    source = None if one_folder else find_checkpoint(ckpt, base, loras, vae)
     pipeline = None
     folder = source.folder if source else engine_dir
     if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
@@ -250,7 +251,7 @@ def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -
     """Options that another one makes meaningless are refused, never ignored."""
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
     decided = (
-        {"ckpt", "base", "loras", "cut", "dtype", "backend", "comparing"}
+        {"ckpt", "base", "loras", "vae", "cut", "dtype", "backend", "comparing"}
         if engine_folder
         else set()
     )

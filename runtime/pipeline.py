@@ -95,6 +95,7 @@ class EncachePipeline:
         *,
         base: str | Path | None = None,
         loras: Sequence[str] = (),
+        vae: str | Path | None = None,
         cut: Cut = DEFAULT_CUT,
         backend: str = "onnxruntime",
         dtype: str | None = None,
@@ -107,6 +108,7 @@ class EncachePipeline:
             model: diffusers folder, hub id, `.safetensors` file, or None for the default model.
             base: what completes a `.safetensors` file.
             loras: LoRA files, each as FILE or FILE:SCALE, fused into the weights.
+            vae: folder or hub id of an autoencoder that replaces the model's own.
             cut: where the UNet is cut.
             backend: "torch", "onnxruntime", "tensorrt-rtx" or "tensorrt".
             dtype: "fp32" or "fp16"; by default fp32, and fp16 for TensorRT.
@@ -117,7 +119,7 @@ class EncachePipeline:
         Raises:
             EncacheError: the model or the engines cannot be used.
         """
-        checkpoint = find_checkpoint(model, base, loras)
+        checkpoint = find_checkpoint(model, base, loras, vae)
         dtype = dtype or default_dtype(backend)
         if backend == "torch":
             return cls.from_checkpoint(checkpoint, cut, dtype)

@@ -14,7 +14,7 @@ from encache.errors import EngineError
 from encache.export import library, target
 from encache.export.build import Request, find_covering_engines, find_engines
 from encache.export.cli import main
-from encache.export.graphs import pipeline_graphs
+from encache.export.graphs import pipeline_graphs, write_onnx
 from encache.export.library import describe_library, load_library
 from encache.export.manifest import ENGINE, ONNX, read_manifest, read_verified
 from encache.export.target import Target, parse_span, resolve_compute_capabilities
@@ -26,6 +26,7 @@ from encache.runtime.bench_cli import main as bench
 from encache.runtime.cli import main as run
 from encache.runtime.pipeline import EncachePipeline
 from tests.conftest import make_pipeline
+from tests.model.test_vae import tiny_autoencoder
 
 RTX = "tensorrt-rtx"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
@@ -129,6 +130,17 @@ def test_scratch_memory_follows_the_largest_sizes(fp16_folder):
         for calls in (1, 16)
     )
     assert small.scratch_bytes < large.scratch_bytes
+
+
+def test_autoencoder_tiny_compiles(tmp_path):
+    pipeline = make_pipeline()
+    pipeline.vae = tiny_autoencoder()
+    spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    graph = pipeline_graphs(pipeline.to(torch.float16), "out")[-1]
+    sizes = {"B": 1, "h": 16, "w": 16}
+    target = Target("any", ("8.9",), (2, 2), 0, (16, 16), (16, 16))
+    compiler = Compiler(RTX, write_onnx(graph, tmp_path, sizes))
+    assert compiler.compile(profile(graph, target, spec), ["8.9"]).scratch_bytes > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache")  # TensorRT-RTX takes one, to no effect

@@ -1,0 +1,62 @@
+"""Another autoencoder in place of the checkpoint's own, such as the small AutoencoderTiny."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from encache.errors import CheckpointError
+from encache.model.features import ImageSpec
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+_CONFIG = "config.json"
+
+
+def check_vae(folder: Path) -> Path:
+    """The folder again, if it holds an autoencoder that Stable Diffusion can use.
+
+    Raises:
+        CheckpointError: it holds none, or only pickled weights.
+    """
+    try:
+        name = json.loads((folder / _CONFIG).read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is no diffusers autoencoder: its {_CONFIG} cannot be read ({error!r})."
+        ) from error
+    if name not in _CLASSES:
+        raise CheckpointError(f"{folder} is a {name}; encache takes {' and '.join(_CLASSES)}.")
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds no .safetensors weights; pickled weights (.bin) are not read because "
+            "loading one can run code."
+        )
+    return folder
+
+
+def replace_vae(pipeline: "StableDiffusionPipeline", folder: Path, dtype: "torch.dtype") -> None:
+    """Load the autoencoder and put it in the place of the pipeline's.
+
+    Raises:
+        CheckpointError: it is damaged, or its latents are of another kind than the UNet's.
+    """
+    import diffusers
+
+    name = json.loads((folder / _CONFIG).read_text())["_class_name"]
+    try:
+        vae = getattr(diffusers, name).from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # damaged files surface as any exception of three libraries
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder} could not be loaded: {reason}") from error
+    old, new = (ImageSpec.of(pipeline.unet.config, one.config) for one in (pipeline.vae, vae))
+    if new.downscale != old.downscale or vae.config.latent_channels != old.channels:
+        raise CheckpointError(
+            f"{folder} has {vae.config.latent_channels} latent channels at 1/{new.downscale} of "
+            f"the picture's size, this model {old.channels} at 1/{old.downscale}."
+        )
+    pipeline.register_modules(vae=vae)
