@@ -10,7 +10,7 @@ import click
 from encache.command import Command
 from encache.export.build import DTYPES
 from encache.model.features import CUTS, DEFAULT_CUT, Cut
-from encache.runtime.blend import BLENDS, Blend
+from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
 from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
 from encache.runtime.schedulers import SCHEDULERS
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     "blends",
     type=click.Choice(BLENDS),
     multiple=True,
-    default=("extrapolate", "reuse"),
+    default=(DEFAULT_BLEND, "reuse"),
     show_default=True,
 )
 @click.option(

@@ -10,7 +10,7 @@ from typing import Any
 
 from encache.errors import EncacheError
 from encache.model.features import DEFAULT_CUT, Cut
-from encache.runtime.blend import Blend
+from encache.runtime.blend import DEFAULT_BLEND, Blend
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Setting:
     scheduler: str
     steps: int
     cut: Cut = DEFAULT_CUT
-    blend: Blend = "extrapolate"
+    blend: Blend = DEFAULT_BLEND
     stride: int = 1
     key_calls: tuple[int, ...] | None = None
     prior_noise: bool = False

@@ -19,6 +19,10 @@ Blend = Literal[
 ]
 BLENDS: tuple[Blend, ...] = get_args(Blend)
 
+#: The way to cache that docs/study.md recommends, at the default cut.
+DEFAULT_BLEND: Blend = "extrapolate"
+DEFAULT_STRIDE = 3
+
 #: How many key calls' features a blend looks at, which is the number of ring slots.
 NUM_SLOTS: dict[Blend, int] = {
     "reuse": 1,

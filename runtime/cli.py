@@ -23,7 +23,7 @@ from encache.export.options import engine_options
 from encache.export.target import DECODE_CALLS, Target, make_target, most_rows
 from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.model.features import Cut, check_size
-from encache.runtime.blend import BLENDS, Blend
+from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _parse_key_calls(
 @click.option(
     "--stride",
     type=click.IntRange(1),
-    default=3,
+    default=DEFAULT_STRIDE,
     show_default=True,
     help="The encoder runs at every stride-th call; 1 runs it at all.",
 )
@@ -71,7 +71,7 @@ def _parse_key_calls(
     callback=_parse_key_calls,
     help="Calls at which the encoder runs, as 0,5,10, or 'paper' for Faster Diffusion's list.",
 )
-@click.option("--blend", type=click.Choice(BLENDS), default="extrapolate", show_default=True)
+@click.option("--blend", type=click.Choice(BLENDS), default=DEFAULT_BLEND, show_default=True)
 @click.option("--prior-noise", is_flag=True, help="Inject prior noise as Faster Diffusion does.")
 @click.option(
     "--steps",

@@ -27,7 +27,7 @@ from encache.model.checkpoint import Checkpoint, find_checkpoint, load_pipeline
 from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.model.text import tokenize
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
-from encache.runtime.blend import Blend
+from encache.runtime.blend import DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.engines import Engines, TorchEngines
 from encache.runtime.plan import Decode, Plan, make_plan
 from encache.runtime.replay import Replay
@@ -176,9 +176,9 @@ class EncachePipeline:
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
-        stride: int = 3,
+        stride: int = DEFAULT_STRIDE,
         key_calls: Sequence[int] | None = None,
-        blend: Blend = "extrapolate",
+        blend: Blend = DEFAULT_BLEND,
         prior_noise: bool = False,
         max_decode_batch: int | None = None,
     ) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from encache.errors import PlanError
-from encache.runtime.blend import BLENDS, NUM_SLOTS, Blend, blend_weights
+from encache.runtime.blend import BLENDS, DEFAULT_BLEND, NUM_SLOTS, Blend, blend_weights
 from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
@@ -108,7 +108,10 @@ class Plan:
 def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:
     """Every `stride`-th call: (0, stride, 2 stride, ...)."""
     if not 1 <= stride <= num_calls:
-        raise PlanError(f"The stride {stride} must be between 1 and the {num_calls} calls.")
+        raise PlanError(
+            f"The stride must be between 1 (the full sampler) and {num_calls} (all calls), not "
+            f"{stride}."
+        )
     return tuple(range(0, num_calls, stride))
 
 
@@ -141,7 +144,7 @@ def make_plan(
     *,
     stride: int = 1,
     key_calls: Sequence[int] | None = None,
-    blend: Blend = "extrapolate",
+    blend: Blend = DEFAULT_BLEND,
     prior_noise: bool = False,
     max_decode_batch: int | None = None,
     rows_per_call: int = 2,

@@ -155,7 +155,7 @@ def test_dry_run_lists_settings(arguments, tmp_path):
         (["--device", "quantum"], 2, "--device quantum cannot be used"),
         (["--device", "cpu", "--backend", "onnxruntime"], 2, "--device is for torch"),
         (["--base", "somewhere"], 2, "--base completes .safetensors files"),
-        (["--stride", "9"], 1, "stride 9 must be between"),
+        (["--stride", "9"], 1, "stride must be between 1 (the full sampler) and"),
         (["--paper-key-calls"], 1, "for 50 and 20 calls, not for 8"),
         (["--cut", "up7"], 2, "'up7' is not one of"),
         (["--clip", "no/such-model"], 1, "CLIP"),

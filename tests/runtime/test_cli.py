@@ -154,7 +154,7 @@ def test_one_engine_folder_has_decided(run, engine_folder, options):
     ("arguments", "code", "words"),
     [
         ((), 2, ["--prompt"]),
-        (("--prompt", "x", "--stride", "11"), 1, ["stride 11", "10 calls"]),
+        (("--prompt", "x", "--stride", "11"), 1, ["not 11", "10 calls"]),
         (("--prompt", "x", "--stride", "0"), 2, ["--stride"]),
         (("--prompt", "x", "--key-calls", "1,2"), 1, ["start at 0"]),
         (("--prompt", "x", "--key-calls", "0,2,2"), 1, ["without repeats"]),
