@@ -109,8 +109,8 @@ def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:
     """Every `stride`-th call: (0, stride, 2 stride, ...)."""
     if not 1 <= stride <= num_calls:
         raise PlanError(
-            f"The stride must be between 1 (the full sampler) and {num_calls} (all calls), not "
-            f"{stride}."
+            f"The stride must be between 1 (the full sampler) and the {num_calls} calls, "
+            f"not {stride}."
         )
     return tuple(range(0, num_calls, stride))
 

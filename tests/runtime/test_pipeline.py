@@ -285,7 +285,7 @@ def test_a_callback_may_not_replace_the_latents(pipeline):
         ({"negative_prompt": ["a", "b"]}, "1 prompts and 2 negative"),
         ({"generator": [generator()] * 3}, "3 generators"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, "latents must be"),
-        ({"stride": 11}, "between 1 and the 10 calls"),
+        ({"stride": 11}, "and the 10 calls, not 11"),
         ({"num_inference_steps": 0}, "between 1 and 1000 steps"),
     ],
 )
