@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -43,7 +43,7 @@ from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise
-from encache.train.fcr import consistency, mean_square
+from encache.train.fcr import Form, consistency, mean_square, spread
 
 FOLDER = Path("runs/study")
 NUM_IMAGES = 512
@@ -326,8 +326,9 @@ def features(evaluation: Evaluation) -> dict[str, dict]:
 def features_of(pipeline: StableDiffusionPipeline, clean: Tensor, prompts: list[str]) -> dict:
     """How large the features are, and how much they change: did anything collapse?
 
-    Features of the cut "mid", with the same noise at both timesteps of a pair: mean squares by
-    tensor, and squared changes relative to them by distance, the mean over tensors.
+    Features of the cut "mid", with the same noise at both timesteps of a pair: mean squares and
+    variances over the pixels by tensor, and squared changes relative to either by distance, the
+    mean over tensors.
     """
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     text = pipeline.text_encoder(tokenize(pipeline.tokenizer, prompts).to(pipeline.device))[0]
@@ -340,18 +341,24 @@ def features_of(pipeline: StableDiffusionPipeline, clean: Tensor, prompts: list[
         return split.encoder(noisy.to(pipeline.device), at.to(pipeline.device), text)
 
     older = {t: encode(t) for t in range(max(DELTAS), len(alphas_cumprod), 100)}
-    sizes = [[mean_square(one).mean().item() for one in tensors] for tensors in older.values()]
-    changes = {
-        delta: [
-            consistency(tensors, encode(t - delta), "relative", "none").item()
-            for t, tensors in older.items()
-        ]
-        for delta in DELTAS
-    }
-    names = [one.name for one in split.features]
+    pairs = {delta: [(one, encode(t - delta)) for t, one in older.items()] for delta in DELTAS}
+
+    def by_tensor(size: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        sizes = [[size(one).mean().item() for one in tensors] for tensors in older.values()]
+        names = [one.name for one in split.features]
+        return dict(zip(names, np.mean(sizes, axis=0).tolist(), strict=True))
+
+    def by_distance(form: Form) -> dict[str, float]:
+        return {
+            str(delta): float(np.mean([consistency(*pair, form, "none").item() for pair in some]))
+            for delta, some in pairs.items()
+        }
+
     return {
-        "mean_square": dict(zip(names, np.mean(sizes, axis=0).tolist(), strict=True)),
-        "relative_change": {str(delta): float(np.mean(one)) for delta, one in changes.items()},
+        "mean_square": by_tensor(mean_square),
+        "spread": by_tensor(spread),
+        "relative_change": by_distance("relative"),
+        "spread_change": by_distance("spread"),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from encache.evaluate.distribution import bootstrap_ratio
 from encache.evaluate.headline import significant, with_interval
 from encache.evaluate.results import Interval
 
@@ -71,15 +72,43 @@ def models_table(models: Mapping[str, Sequence[Row]]) -> str:
 
 
 def features_table(models: Mapping[str, Any]) -> str:
-    """Sizes against the shipped model's, and changes."""
-    shipped = models["shipped"]["mean_square"]
-    deltas = list(models["shipped"]["relative_change"])
+    """Sizes against the shipped model's, and changes, by mean square and by variance."""
+    deltas = ("10", "100", "200")
     rows = []
     for name, found in models.items():
-        ratios = [found["mean_square"][one] / shipped[one] for one in shipped]
-        changes = [number(found["relative_change"][delta]) for delta in deltas]
-        rows.append((name, f"{min(ratios):.2f} to {max(ratios):.2f}", *changes))
-    return markdown(["model", "mean squares, of shipped", *(f"D = {d}" for d in deltas)], rows)
+        cells = [name]
+        for size in ("mean_square", "spread"):
+            shipped = models["shipped"][size]
+            ratios = [found[size][one] / shipped[one] for one in shipped]
+            cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+        for change in ("relative_change", "spread_change"):
+            cells += [number(found[change][delta]) for delta in deltas]
+        rows.append(cells)
+    changes = [f"D = {d} / {size}" for size in ("mean square", "variance") for d in deltas]
+    return markdown(["model", "mean squares", "variances", *changes], rows)
+
+
+def gains_table(models: Mapping[str, Sequence[Row]], num_prompts: int) -> str:
+    """Errors against each model's own full run, as multiples of another model's."""
+    errors = {
+        model: {short_name(row): row["errors"] for row in rows} for model, rows in models.items()
+    }
+    settings = [name for name in errors["control"] if any(errors["control"][name])]
+
+    def ratio(model: str, other: str, name: str) -> str:
+        if name not in errors[model]:
+            return ""
+        groups = [picture % num_prompts for picture in range(len(errors[model][name]))]
+        found = bootstrap_ratio(errors[model][name], errors[other][name], groups)
+        return with_interval(Interval(*found))
+
+    rows = [
+        (f"{model} / {other}", *(ratio(model, other, name) for name in settings))
+        for other in ("shipped", "control")
+        for model in errors
+        if model not in ("shipped", other)
+    ]
+    return markdown(["models", *settings], rows)
 
 
 def drift_table(drift: Mapping[str, Any]) -> str:
@@ -195,7 +224,10 @@ def main() -> None:
     shipped = [*answers["where to cut"], *answers["which blend"]]
     for reference in ("its own full run", "the shipped model"):
         models = {name: answers[f"{name} against {reference}"] for name in variants}
-        page = fill(page, f"against {reference}", models_table({"shipped": shipped, **models}))
+        models = {"shipped": shipped, **models}
+        page = fill(page, f"against {reference}", models_table(models))
+        if reference == "its own full run":
+            page = fill(page, "gains", gains_table(models, study["protocol"]["num_prompts"]))
     page = fill(page, "features", features_table(study["features"]))
     page = fill(page, "drift", drift_table(study["drift"]))
     PAGE.write_text(page)

@@ -10,7 +10,7 @@ from encache.errors import CheckpointError, EncacheError
 #: which leaves nothing to decode: the features are the noise prediction itself.
 Cut = Literal["mid", "up0", "up1", "up2", "out"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
-#: The cheapest, and at equal strides the nearest to the full sampler (README.md, measured).
+#: The cheapest, and with the default blend the nearest to the full sampler (docs/study.md).
 DEFAULT_CUT: Cut = "out"
 
 
