@@ -67,6 +67,12 @@ VARIANTS = {
     "fcr200-raw": {**MID, "--fcr-delta-max": "200"},
     "fcr200-relative": {**MID, "--fcr-delta-max": "200", "--fcr-form": "relative"},
     "fcr200-spread": {**MID, "--fcr-delta-max": "200", "--fcr-form": "spread"},
+    "fcr200-spread-10": {
+        **MID,
+        "--fcr-delta-max": "200",
+        "--fcr-form": "spread",
+        "--fcr-weight": "10",
+    },
     "cached100-out": {**CACHED, "--fcr-delta-max": "100", "--cut": "out"},
 }
 SHIPPED = "shipped"

@@ -28,6 +28,7 @@ class Engines(Protocol):
         identity: what a picture's metadata says about the engines that made it.
         features: the tensors that cross the cut.
         capturable: whether its runs may be part of a CUDA graph.
+        has_own_threads: whether a library beside PyTorch computes on the CPU.
         target: the sizes that they were compiled for; None if they take any.
         dtype, device: of latents, text embeddings and features.
     """
@@ -36,6 +37,7 @@ class Engines(Protocol):
     identity: Mapping[str, Any]
     features: tuple[Feature, ...]
     capturable: bool
+    has_own_threads: bool
     target: Target | None
     dtype: torch.dtype
     device: torch.device
@@ -75,12 +77,9 @@ def allocate_ring(
 def mix(weights: Tensor, ring: Tensor) -> Tensor:
     """The blend of the cut "out": [K, M] x [M, B, C, h, w] -> [K * B, C, h, w], in float32.
 
-    Weights in fp16 would no longer sum to one. Not as a product of matrices: for one, PyTorch wakes
-    threads that then spin for a while, in the way of ONNX Runtime's (encoder runs took 30 % longer
-    on two cores).
+    Weights in fp16 would no longer sum to one.
     """
-    mixed = (weights[..., None] * ring.flatten(1)).sum(1)
-    return mixed.view(-1, *ring.shape[2:])
+    return (weights @ ring.flatten(1).float()).view(-1, *ring.shape[2:])
 
 
 class Graph(Protocol):
@@ -114,6 +113,7 @@ class GraphEngines:
         self.dtype = TORCH_DTYPES[identity.dtype]
         self.device = torch.device(device)
         self.capturable = capturable
+        self.has_own_threads = self.device.type == "cpu"
         self._spec = manifest.spec
         self._graphs = graphs
 
@@ -163,6 +163,7 @@ class TorchEngines:
     """
 
     name = "torch"
+    has_own_threads = False
     target: Target | None = None
 
     def __init__(

@@ -367,6 +367,15 @@ def test_the_decoder_runs_in_parts_where_memory_is_short(pipeline, caplog):
     assert "going on with 3" in caplog.text
 
 
+def test_pytorch_wakes_no_threads_beside_onnx_runtime(up2_folder, pipeline, monkeypatch):
+    changes = []
+    monkeypatch.setattr(torch, "set_num_threads", changes.append)
+    latents(EncachePipeline.from_engines(up2_folder))
+    assert changes == [1, torch.get_num_threads()]
+    latents(EncachePipeline.from_pipe(pipeline, "up2"))
+    assert len(changes) == 2
+
+
 def test_too_little_memory_for_one_call(up2_folder):
     ours = EncachePipeline.from_engines(up2_folder)
     # The matrix of attention over so many pixels has 32 TiB.
