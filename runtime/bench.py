@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from encache.runtime.compare import psnr
 from encache.runtime.contenders import Contender
 from encache.runtime.pipeline import EncachePipeline
 
@@ -28,6 +30,7 @@ class Row:
         spread: the fastest and the slowest.
         pictures_per_second: by the median.
         speed: of a picture, against the first row's.
+        psnr: dB against the first contender's pictures, which is the full sampler's; their mean.
         gflop: counted arithmetic of the UNet per picture.
         tflops: that arithmetic over the whole time, text encoder and image decoder included.
         share_of_peak: `tflops` over what one large matrix product reaches here.
@@ -45,6 +48,7 @@ class Row:
     spread: tuple[float, float]
     pictures_per_second: float
     speed: float
+    psnr: float | None
     gflop: float | None
     tflops: float | None
     share_of_peak: float | None
@@ -54,7 +58,7 @@ class Row:
 
 def measure(
     contenders: Sequence[Contender],
-    noises: Sequence[Tensor],
+    inputs: Sequence[tuple[str, Tensor]],
     peak_tflops: float,
     baseline: Row | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
@@ -62,17 +66,18 @@ def measure(
 
     Args:
         contenders: without a baseline, speeds are ratios to the first.
-        noises: one batch [batch, 4, h, w] per repetition.
+        inputs: prompt and noise [batch, 4, h, w] of each repetition.
         peak_tflops: of one large matrix product here.
         baseline: what speeds are ratios to.
 
     Returns:
         The rows, and of each contender that cannot run the reason.
     """
-    batch = len(noises[0])
+    batch = len(inputs[0][1])
     failures: dict[str, str] = {}
     peaks: dict[Contender, int | None] = {}
     seconds: dict[Contender, list[float]] = {one: [] for one in contenders}
+    fidelity: dict[Contender, list[float]] = {one: [] for one in contenders}
     parts: dict[Contender, dict[str, float] | None] = {}
 
     @contextmanager
@@ -87,14 +92,20 @@ def measure(
 
     for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
         with sparing(one):
-            peaks[one] = _warm_up(one, noises[0])
-    for noise in tqdm(noises, desc=f"measure, batch {batch}"):
+            peaks[one] = _warm_up(one, *inputs[0])
+    for prompt, noise in tqdm(inputs, desc=f"measure, batch {batch}"):
+        reference = None
         for one, times in list(seconds.items()):
             with sparing(one):
-                times.append(_timed(one, noise))
+                time_taken, pictures = _timed(one, prompt, noise)
+                times.append(time_taken)
+                if reference is not None:
+                    fidelity[one] += psnr(pictures, reference).tolist()
+                if one is contenders[0]:
+                    reference = pictures
     for one in list(seconds):
         with sparing(one):
-            parts[one] = _parts(one, noises[0])
+            parts[one] = _parts(one, *inputs[0])
     rows: list[Row] = []
     for one, times in seconds.items():
         median = statistics.median(times)
@@ -110,6 +121,7 @@ def measure(
             spread=(min(times), max(times)),
             pictures_per_second=1 / per_picture,
             speed=first.seconds / first.batch / per_picture if first else 1.0,
+            psnr=statistics.mean(fidelity[one]) if fidelity[one] else None,
             gflop=one.gflop,
             tflops=tflops,
             share_of_peak=tflops / peak_tflops if tflops else None,
@@ -120,31 +132,32 @@ def measure(
     return rows, failures
 
 
-def _warm_up(contender: Contender, noise: Tensor) -> int | None:
+def _warm_up(contender: Contender, prompt: str, noise: Tensor) -> int | None:
     """Draw once, on a GPU also capture and replay; the peak of PyTorch's memory there."""
     if not torch.cuda.is_available():
-        _timed(contender, noise)
+        _timed(contender, prompt, noise)
         return None
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
-        _timed(contender, noise)
+        _timed(contender, prompt, noise)
     return torch.cuda.max_memory_allocated()
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as text, speeds as ratios to the first."""
-    header = f"{'':50}{'batch':>6}{'s':>9}{'pictures/s':>12}{'speed':>8}{'GFLOP':>9}{'TFLOP/s':>9}"
-    lines = [header + f"{'of peak':>9}{'outside':>9}"]
+    header = f"{'':50}{'batch':>6}{'s':>9}{'pictures/s':>12}{'speed':>8}{'PSNR dB':>9}{'GFLOP':>9}"
+    lines = [header + f"{'TFLOP/s':>9}{'of peak':>9}{'outside':>9}"]
     for row in rows:
         outside = row.parts["outside"] / sum(row.parts.values()) if row.parts else None
         lines.append(
             f"{row.backend + ', ' + row.sampling:50}{row.batch:6d}{row.seconds:9.3f}"
             f"{row.pictures_per_second:12.2f}{row.speed:7.2f}x"
-            f"{_cell(row.gflop, '9.1f')}{_cell(row.tflops, '9.2f')}"
+            f"{_cell(row.psnr, '9.1f')}{_cell(row.gflop, '9.1f')}{_cell(row.tflops, '9.2f')}"
             f"{_cell(row.share_of_peak, '9.1%')}{_cell(outside, '9.1%')}"
         )
     lines.append(
-        "Medians, all contenders taking turns after warm-up; GFLOP of the UNet per picture; peak: "
+        "Medians, all contenders taking turns after warm-up; PSNR against the first row's pictures "
+        "(99: equal); GFLOP of the UNet per picture; peak: "
         "one large matrix product here; outside: time in no engine, without CUDA graphs."
     )
     return "\n".join(lines)
@@ -201,7 +214,7 @@ class TimedEngines:
         }
 
 
-def _parts(contender: Contender, noise: Tensor) -> dict[str, float] | None:
+def _parts(contender: Contender, prompt: str, noise: Tensor) -> dict[str, float] | None:
     """Where a batch's seconds go, in a run of its own; what no engine spends is "outside"."""
     pipeline = contender.pipeline
     if pipeline is None or contender.call is None:
@@ -212,17 +225,19 @@ def _parts(contender: Contender, noise: Tensor) -> dict[str, float] | None:
     for _ in range(2):  # the first warms up
         engines.reset()
         start = _now()
-        watched(latents=noise, num_images_per_prompt=len(noise), **contender.call)
+        watched(prompt, latents=noise, num_images_per_prompt=len(noise), **contender.call)
         total = _now() - start
     inside = engines.seconds()
     return {**inside, "outside": total - sum(inside.values())}
 
 
-def _timed(contender: Contender, noise: Tensor) -> float:
+def _timed(contender: Contender, prompt: str, noise: Tensor) -> tuple[float, np.ndarray]:
+    """Seconds, and the pictures [n, 3, H, W]."""
     with contender.patch():
         start = _now()
-        contender.draw(noise)
-        return _now() - start
+        pictures = contender.draw(prompt, noise)
+        seconds = _now() - start
+    return seconds, pictures.float().cpu().numpy()
 
 
 def _now() -> float:

@@ -14,6 +14,12 @@ from encache.export.target import make_target
 from encache.model.checkpoint import find_checkpoint, load_pipeline
 from encache.model.features import CUTS, Cut, check_size
 
+#: Names of emoji, which the model that ships with encache draws, and any other too.
+PROMPTS = (
+    *("red apple", "hot dog", "octopus", "butterfly", "slice of pizza", "penguin", "strawberry"),
+    *("sunflower", "tiger", "cactus", "whale", "doughnut", "mushroom", "owl", "banana", "tulip"),
+)
+
 
 @click.command(cls=Command)
 @click.option("--ckpt", help="As for encache-export. Default: the model that ships with encache.")
@@ -121,7 +127,7 @@ def main(
     if paper:
         policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}
 
-    task = Task("red apple", steps, guidance_scale, height, width, policies)
+    task = Task(PROMPTS, steps, guidance_scale, height, width, policies)
     peak = matrix_peak(device, TORCH_DTYPES[dtype])
     rows: list[Row] = []
     left_out: dict[str, str] = {}
@@ -149,8 +155,8 @@ def main(
         if not rows and not any(one.pipeline for one in contenders):
             why = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise EncacheError(f"No backend is left to measure. {why}")
-        noises = task.draw_noises(pipeline, batch, repeats)
-        measured, failures = measure(contenders, noises, peak, rows[0] if rows else None)
+        inputs = task.draw_inputs(pipeline, batch, repeats)
+        measured, failures = measure(contenders, inputs, peak, rows[0] if rows else None)
         return measured, absent | failures
 
     for batch in batches:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
-from itertools import product
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,8 @@ from encache.runtime.plan import make_plan
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-#: Draws pictures [n, 3, H, W] from noise [n, 4, h, w].
-Draw = Callable[[Tensor], Tensor]
+#: Draws pictures [n, 3, H, W] in [0, 1] of a prompt from noise [n, 4, h, w].
+Draw = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +53,14 @@ class Task:
     """What all contenders draw.
 
     Attributes:
-        prompt: the same for all pictures.
+        prompts: in turn, one for all pictures of a batch.
         steps: of the full sampler.
         guidance_scale: classifier-free guidance.
         height, width: in pixels; None is the model's own.
         policies: name and arguments of each way to cache, such as {"stride": 5}.
     """
 
-    prompt: str
+    prompts: tuple[str, ...]
     steps: int
     guidance_scale: float
     height: int | None
@@ -71,7 +71,6 @@ class Task:
     def call(self) -> dict[str, Any]:
         """Arguments that all share."""
         return {
-            "prompt": self.prompt,
             "guidance_scale": self.guidance_scale,
             "height": self.height,
             "width": self.width,
@@ -83,14 +82,16 @@ class Task:
         """Rows of the UNet per picture."""
         return 2 if self.guidance_scale > 1 else 1
 
-    def draw_noises(
+    def draw_inputs(
         self, pipeline: "StableDiffusionPipeline", batch: int, count: int
-    ) -> list[Tensor]:
-        """Unit noise [batch, 4, h, w], `count` times, where and as the pipeline computes."""
+    ) -> list[tuple[str, Tensor]]:
+        """A prompt and unit noise [batch, 4, h, w], `count` times, as the pipeline computes."""
         unet = pipeline.unet
         shape = (batch, unet.config.in_channels, *self.latent_size(pipeline))
         generators = (torch.Generator().manual_seed(seed) for seed in range(count))
-        return [torch.randn(shape, generator=one).to(unet.device, unet.dtype) for one in generators]
+        noises = (torch.randn(shape, generator=one) for one in generators)
+        noises_there = (noise.to(unet.device, unet.dtype) for noise in noises)
+        return list(zip(cycle(self.prompts), noises_there, strict=False))
 
     def latent_size(self, pipeline: "StableDiffusionPipeline") -> tuple[int, int]:
         """Latent height and width."""
@@ -239,7 +240,7 @@ def _cache_deeply(pipeline: "StableDiffusionPipeline", interval: int) -> Iterato
 
 
 def _drawer(pipeline: "StableDiffusionPipeline | EncachePipeline", call: dict[str, Any]) -> Draw:
-    def draw(noise: Tensor) -> Tensor:
-        return pipeline(latents=noise, num_images_per_prompt=len(noise), **call).images
+    def draw(prompt: str, noise: Tensor) -> Tensor:
+        return pipeline(prompt, latents=noise, num_images_per_prompt=len(noise), **call).images
 
     return draw

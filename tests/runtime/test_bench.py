@@ -39,9 +39,11 @@ def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
     rows = {(row["backend"], row["sampling"], row["batch"]): row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
     assert rows["diffusers", "6 steps", 1]["speed"] == 1
+    assert rows["diffusers", "6 steps", 1]["psnr"] is None
     assert {"diffusers, tomesd", "diffusers, DeepCache"} <= {backend for backend, _, _ in rows}
     for backend in ("torch", "onnxruntime"):
         full, cached = (rows[backend, name, 2] for name in ("6 steps", "cut up2, stride 3"))
+        assert cached["psnr"] < 60 < full["psnr"]
         assert full["gflop"] == pytest.approx(rows["diffusers", "6 steps", 1]["gflop"])
         names = {name for (one, name, _), row in rows.items() if one == backend}
         (fewer,) = names - {"6 steps", "cut up2, stride 3"}
@@ -61,17 +63,17 @@ def test_every_full_sampler_draws_the_same(pipeline, up2_folder):
             return EncachePipeline.from_pipe(pipeline, cut)
         return EncachePipeline.from_engines(up2_folder)
 
-    task = Task("red apple", 4, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 4, 7.5, None, None, {"stride 2": {"stride": 2}})
     contenders, _ = assemble(
         pipeline, open_backend, ["torch", "onnxruntime"], ["up2"], task, compiling=False
     )
-    (noise,) = task.draw_noises(pipeline, 1, 1)
-    full = [one.draw(noise) for one in contenders if one.sampling == "4 steps"]
+    ((prompt, noise),) = task.draw_inputs(pipeline, 1, 1)
+    full = [one.draw(prompt, noise) for one in contenders if one.sampling == "4 steps"]
     assert len(full) == 3
     for picture in full[1:]:
         torch.testing.assert_close(picture, full[0], rtol=1e-3, atol=1e-3)
     cached = next(one for one in contenders if one.sampling == "cut up2, stride 2")
-    assert (cached.draw(noise) - full[0]).abs().max() > 1e-3
+    assert (cached.draw(prompt, noise) - full[0]).abs().max() > 1e-3
 
 
 def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
@@ -92,30 +94,31 @@ def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
 
     monkeypatch.setattr("encache.runtime.pipeline.Replay", Counted)
     policies = {f"stride {n}": {"stride": n} for n in (2, 3)}
-    task = Task("red apple", 4, 7.5, None, None, policies)
+    task = Task(("red apple",), 4, 7.5, None, None, policies)
     contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "out"], task, False)
     ours = [one for one in contenders if one.backend == "torch"]
-    measure(contenders, task.draw_noises(pipeline, 1, 3), peak_tflops=1.0)
+    measure(contenders, task.draw_inputs(pipeline, 1, 3), peak_tflops=1.0)
     # One draw warms up, three are timed, always by the same graph.
     assert sorted(calls.values()) == [4] * len(ours)
 
 
 def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
-    task = Task("red apple", 2, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": {"stride": 2}})
     contenders = by_torch(pipeline, task)
 
-    def fail(_):
+    def fail(*_):
         raise torch.OutOfMemoryError("too much")
 
     contenders.append(replace(contenders[0], backend="greedy", draw=fail))
     draws = iter(range(1))  # warm-up succeeds
 
-    def tire(_):
+    def tire(*_):
         if next(draws, None) is None:
             raise ValueError
+        return torch.zeros(1, 3, 16, 16)
 
     contenders.append(replace(contenders[0], backend="tired", draw=tire))
-    rows, failures = measure(contenders, task.draw_noises(pipeline, 1, 1), peak_tflops=1.0)
+    rows, failures = measure(contenders, task.draw_inputs(pipeline, 1, 1), peak_tflops=1.0)
     assert failures == {
         "greedy, 2 steps": "too much",
         "tired, 2 steps": "ValueError",
@@ -129,7 +132,7 @@ def test_a_backend_that_does_not_open_is_named(pipeline):
             raise EngineError("not here")
         return EncachePipeline.from_pipe(pipeline, cut)
 
-    task = Task("red apple", 2, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": {"stride": 2}})
     wanted = ["tensorrt-rtx", "torch"], ["up2"], task
     contenders, left_out = assemble(pipeline, open_backend, *wanted, compiling=False)
     assert left_out == {"tensorrt-rtx, cut up2": "not here"}
@@ -150,14 +153,14 @@ def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
         return lambda *arguments, **options: calls.append(1) or forward(*arguments, **options)
 
     monkeypatch.setattr(torch, "compile", compile)
-    task = Task("red apple", 2, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": {"stride": 2}})
     contenders = by_torch(pipeline, task, compiling=True)
-    (noise,) = task.draw_noises(pipeline, 1, 1)
+    ((prompt, noise),) = task.draw_inputs(pipeline, 1, 1)
     plain, compiled = contenders[:2]
     with compiled.patch():
-        picture = compiled.draw(noise)
+        picture = compiled.draw(prompt, noise)
     assert len(calls) == 2
-    torch.testing.assert_close(plain.draw(noise), picture)
+    torch.testing.assert_close(plain.draw(prompt, noise), picture)
     assert len(calls) == 2
 
 
