@@ -71,6 +71,18 @@ def models_table(models: Mapping[str, Sequence[Row]]) -> str:
     return markdown(["model", *wanted], rows)
 
 
+def pictures_table(full_runs: Mapping[str, Row]) -> str:
+    """What each model's full sampler draws, against real pictures."""
+    heads = ["model", "Frechet", "precision", "recall", "retrieved"]
+    rows = []
+    for model, row in full_runs.items():
+        shares = (f"{one:.2f}" for one in (row["precision"], row["recall"]))
+        found = row["retrieval"]
+        retrieved = f"{found['mean']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
+        rows.append((model, number(row["frechet"]), *shares, retrieved))
+    return markdown(heads, rows)
+
+
 def features_table(models: Mapping[str, Any]) -> str:
     """Sizes against the shipped model's, and changes, by mean square and by variance."""
     deltas = ("10", "100", "200")
@@ -228,6 +240,8 @@ def main() -> None:
         page = fill(page, f"against {reference}", models_table(models))
         if reference == "its own full run":
             page = fill(page, "gains", gains_table(models, study["protocol"]["num_prompts"]))
+            full_runs = {name: rows[0] for name, rows in models.items()} | {"shipped": plain[0]}
+            page = fill(page, "pictures", pictures_table(full_runs))
     page = fill(page, "features", features_table(study["features"]))
     page = fill(page, "drift", drift_table(study["drift"]))
     PAGE.write_text(page)
