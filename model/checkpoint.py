@@ -17,7 +17,12 @@ from encache.errors import CheckpointError
 from encache.model.features import ImageSpec
 from encache.model.lora import Lora, find_lora, fuse
 from encache.model.vae import check_vae, replace_vae
-from encache.model.weights import read_header, refuse_pickle
+from encache.model.weights import (
+    read_header,
+    reason_of,
+    refuse_pickle,
+    refuse_without_safetensors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -222,11 +227,7 @@ def _refuse_unusable(path: Path) -> None:
             "Diffusion 1.x and 2.x (StableDiffusionPipeline)."
         )
     for part in sorted(parts & {"unet", "vae", "text_encoder"}):
-        if not list((path / part).glob("*.safetensors")):
-            raise CheckpointError(
-                f"{path / part} holds no .safetensors weights; pickled weights (.bin) are not "
-                "read because loading one can run code. Download the safetensors variant."
-            )
+        refuse_without_safetensors(path / part)
     for part in sorted(parts & set(_PARTS)):
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} is incomplete: it holds no {part} folder.")
@@ -253,13 +254,8 @@ def _fetch(hub_id: str, download: Callable[[], str]) -> Path:
         return Path(download())
     except Exception as error:  # several layers of clients, each with exceptions of its own
         raise CheckpointError(
-            f"{hub_id!r} is no local path and could not be fetched from the hub: {_reason(error)}"
+            f"{hub_id!r} is no local path and could not be fetched from the hub: {reason_of(error)}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first words of a library's message, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_pipeline(
@@ -304,7 +300,7 @@ def load_pipeline(
         incomplete = single_file and not checkpoint.folder
         hint = " If it is not complete, add --base." if incomplete else ""
         raise CheckpointError(
-            f"{what} could not be loaded as Stable Diffusion: {_reason(error)}{hint}"
+            f"{what} could not be loaded as Stable Diffusion: {reason_of(error)}{hint}"
         ) from error
     if checkpoint.weights and not single_file:
         _lay_over(pipeline.unet, checkpoint)
@@ -313,7 +309,8 @@ def load_pipeline(
     if checkpoint.vae:
         replace_vae(pipeline, checkpoint.vae, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+    if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
+        pipeline.to(device)
     if torch.device(device).type == "cuda":
         # As its convolutions read them; on a CPU they are a quarter slower that way.
         pipeline.unet.to(memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from encache.errors import CheckpointError
-from encache.model.weights import read_header, refuse_pickle
+from encache.model.weights import read_header, reason_of, refuse_pickle
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -57,8 +57,7 @@ def fuse(pipeline: "StableDiffusionPipeline", lora: Lora) -> None:
     try:
         pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name)
     except Exception as error:  # two libraries, each with exceptions of its own
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{lora.path} does not fit this model: {reason}") from error
+        raise CheckpointError(f"{lora.path} does not fit this model: {reason_of(error)}") from error
     adapted = list(pipeline.get_list_adapters())
     if not adapted:
         raise CheckpointError(f"{lora.path} does not fit this model: none of its layers is there.")

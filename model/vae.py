@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from encache.errors import CheckpointError
 from encache.model.features import ImageSpec
+from encache.model.weights import reason_of, refuse_without_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,7 @@ def check_vae(folder: Path) -> Path:
         ) from error
     if name not in _CLASSES:
         raise CheckpointError(f"{folder} is a {name}; encache takes {' and '.join(_CLASSES)}.")
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} holds no .safetensors weights; pickled weights (.bin) are not read because "
-            "loading one can run code."
-        )
+    refuse_without_safetensors(folder)
     return folder
 
 
@@ -51,8 +48,7 @@ def replace_vae(pipeline: "StableDiffusionPipeline", folder: Path, dtype: "torch
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except Exception as error:  # damaged files surface as any exception of three libraries
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder} could not be loaded: {reason}") from error
+        raise CheckpointError(f"{folder} could not be loaded: {reason_of(error)}") from error
     old, new = (ImageSpec.of(pipeline.unet.config, one.config) for one in (pipeline.vae, vae))
     if new.downscale != old.downscale or vae.config.latent_channels != old.channels:
         raise CheckpointError(

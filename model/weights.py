@@ -21,6 +21,20 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def refuse_without_safetensors(folder: Path) -> None:
+    """Raise CheckpointError for a folder of weights that can only be read by unpickling."""
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds no .safetensors weights; pickled weights (.bin) are not read because "
+            "loading one can run code. Download the safetensors variant."
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """The first words of a library's message, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def read_header(path: Path) -> tuple[set[str], dict[str, str]]:
     """Tensor names and metadata of a safetensors file.
 
