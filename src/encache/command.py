@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterator
@@ -39,6 +40,23 @@ class Command(click.Command):
             raise  # click ends quietly when the reader of our output has gone
         except OSError as error:
             raise click.ClickException(_explain(error)) from error
+
+
+class FiniteFloat(click.FloatRange):
+    """A click.FloatRange that also refuses nan and the infinities; the bounds may be left out."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read the number, or fail with a usage error."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        # Without bounds click's help would say "x<=None".
+        return "" if self.min is None and self.max is None else super()._describe_range()
 
 
 def typed_options(names: Collection[str]) -> Iterator[str]:
