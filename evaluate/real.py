@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from encache import __version__
 from encache.errors import EncacheError
 from encache.evaluate.extractors import Extractor
 from encache.evaluate.store import Arrays, Store
 from encache.model.pictures import UnreadablePictureError, crop_to, read_captions, read_picture
+from encache.progress import progress
 
 #: Pictures that are read, extracted and stored together.
 BATCH = 64
@@ -52,7 +52,7 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     parts = [
         store.get(_describe(batch, extractor, size), partial(_extract, batch, extractor, size))
-        for batch in tqdm(batches, desc="real pictures")
+        for batch in progress(batches, desc="real pictures")
     ]
     readable = np.concatenate([part["readable"] for part in parts]) if parts else np.zeros(0, bool)
     if readable.sum() < FEWEST:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from encache.errors import EncacheError
+from encache.progress import progress
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -137,7 +137,7 @@ def fit(
     prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe))
     run = _Run(checkpoint, identity or {}, parameters, average, optimizer, accelerator)
     start = run.restore(recipe.steps)
-    bar = tqdm(
+    bar = progress(
         range(start, recipe.steps),
         initial=start,
         total=recipe.steps,

@@ -127,6 +127,11 @@ def test_frozen_parameters_stay(tmp_path):
     assert torch.load(tmp_path / "run.pt", weights_only=True)["model"].keys() == {"weight"}
 
 
+def test_a_log_file_is_not_filled_with_bars(tmp_path, capfd):
+    fit(*problem(), RECIPE, tmp_path / "run.pt")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path):
     model, batches, losses = problem()
     calls = 0
