@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -19,26 +18,39 @@ MAX_SIDE = 320
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #616b76; --line: #dde2e7;
-  --page: #fff; --tint: #f3f6f8; --accent: #0b63b0; --good: #12774f; --bad: #b93a2b; }
+  --page: #fff; --tint: #f3f6f8; --accent: #0b63b0; --good: #12774f; --bad: #b93a2b;
+  --shade: #1c212659; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9aa4ae; --line: #343b43;
   --page: #15181c; --tint: #1e2329; --accent: #6db3f2; --good: #55c795;
-  --bad: #f08a7b; } }
+  --bad: #f08a7b; --shade: #9aa4ae73; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem clamp(.9rem, 3vw, 2.5rem) 4rem;
+/* As wide as the widest table, and no wider than the window. */
+body { margin: 0 auto; width: fit-content; min-width: min(100%, 76rem); max-width: 100%;
+  padding: 1.5rem clamp(.9rem, 3vw, 2.5rem) 4rem;
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   color: var(--ink); background: var(--page); overflow-wrap: break-word; }
 h1 { font-size: clamp(1.4rem, 4vw, 2rem); line-height: 1.2; margin: .5rem 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
+h1, h2, .lead, dl { max-width: 60rem; }
 p { max-width: 46rem; margin: .6rem 0; }
-.lead { max-width: 60rem; font-size: 1.08rem; padding-left: 1rem;
+.lead { font-size: 1.08rem; padding-left: 1rem;
   border-left: 3px solid var(--accent); }
 .note, small, figcaption, summary { color: var(--soft); font-size: .85rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
-  gap: 1.5rem; }
-figure { margin: 0; }
-.pair figure { max-width: 36rem; }
+  gap: 1.5rem; max-width: 74rem; }
+figure { margin: 0; max-width: 36rem; }
 .pair svg { width: 100%; height: auto; }
-.scroll { overflow: auto; max-height: 92vh; border: 1px solid var(--line); border-radius: 6px; }
+.scroll { display: flex; overflow: auto; width: fit-content; max-width: 100%; max-height: 92vh;
+  border: 1px solid var(--line); border-radius: 6px; }
+/* What is cut off at the right lies under a shadow. It stays at the edge, and at the end of the
+   table under a cover, so that a table that is seen whole has none. */
+.scroll::before, .scroll::after { content: ""; flex: none; width: 1rem; pointer-events: none; }
+.scroll::before { order: 1; position: relative; z-index: 5; background: var(--page); }
+.scroll::after { order: 2; position: sticky; right: 0; z-index: 4; margin-left: -1rem;
+  background: linear-gradient(to left, var(--shade), transparent); }
+.scroll::-webkit-scrollbar { width: .7rem; height: .7rem; }
+.scroll::-webkit-scrollbar-thumb { background: var(--soft); border: .15rem solid var(--page);
+  border-radius: .35rem; }
 table { border-collapse: separate; border-spacing: 0; font-size: .86rem; line-height: 1.35; }
 th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; background: var(--page); }
@@ -51,7 +63,8 @@ tbody th { position: sticky; left: 0; z-index: 1; text-align: left; font-weight:
   min-width: 10.5rem; max-width: 15rem; border-right: 1px solid var(--line); }
 thead th:first-child { left: 0; z-index: 3; text-align: left;
   border-right: 1px solid var(--line); }
-td.words { text-align: left; white-space: normal; min-width: 6rem; }
+.words { text-align: left; }
+td.words { white-space: normal; min-width: 6rem; }
 tr.plain > * { background: var(--tint); }
 .star { color: var(--accent); }
 .closer { color: var(--good); }
@@ -64,16 +77,18 @@ tr.plain > * { background: var(--tint); }
 .grid td { padding: .3rem; }
 .grid img { display: block; width: 100%; min-width: 6.4rem; height: auto; border-radius: 4px; }
 .grid img.small { image-rendering: pixelated; }
-dl { display: grid; grid-template-columns: fit-content(38%) 1fr; gap: .25rem 1rem;
+dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr); gap: .25rem 1rem;
   font-size: .88rem; margin: .6rem 0; }
 dt { color: var(--soft); }
-dd { margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   th, td { padding: .35rem .45rem; }
   tbody th { min-width: 7.5rem; max-width: 8.5rem; font-size: .8rem; }
   .grid tbody th { min-width: 5rem; max-width: 5.5rem; }
   .grid thead th { font-size: .74rem; min-width: 6.4rem; }
 }
+@media print { .scroll { overflow: visible; max-height: none; }
+  .scroll::before, .scroll::after { display: none; } }
 """
 
 
@@ -153,7 +168,7 @@ def _grid_section(grid: Mapping[str, Mapping[str, Picture]], rows: Sequence[Row]
         "<h2>Pictures</h2>\n"
         '<p class="note">Every row starts from the same noise. Below a setting: its share of the '
         "arithmetic and its latent error.</p>\n"
-        '<div class="scroll grid"><table><thead><tr><th scope="col">prompt</th>'
+        '<div class="scroll grid" tabindex="0"><table><thead><tr><th scope="col">prompt</th>'
         f"{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
     )
 
@@ -188,7 +203,7 @@ def _facts_section(title: str, facts: Mapping[str, Any]) -> str:
 
 
 def _fact(value: Any) -> str:
-    """Lists as words, nested values as JSON."""
-    if isinstance(value, list | tuple) and not any(isinstance(x, list | dict) for x in value):
-        return ", ".join(map(str, value))
-    return json.dumps(value, default=str) if isinstance(value, list | dict) else str(value)
+    """Lists and named values as words."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_fact(one)}" for name, one in value.items())
+    return ", ".join(map(_fact, value)) if isinstance(value, list | tuple) else str(value)

@@ -39,7 +39,7 @@ def table(rows: Sequence[Row]) -> str:
     common = [c for c in measured if c.common and len({c.cell(row) for row in rows}) == 1]
     columns = [c for c in measured if c not in common]
     everywhere = ", ".join(f"{c.heading} {c.cell(rows[0])}" for c in common)
-    heads = "".join(f'<th scope="col">{c.heading}</th>' for c in columns)
+    heads = "".join(f'<th scope="col" class="{c.style}">{c.heading}</th>' for c in columns)
     body = "\n".join(_line(row, columns) for row in sorted(rows, key=_falling_share))
     meanings = "".join(f"<dt>{c.heading}</dt><dd>{escape(c.meaning)}</dd>" for c in columns)
     return (
@@ -48,7 +48,8 @@ def table(rows: Sequence[Row]) -> str:
         '<b class="closer">less</b> or <b class="further">more</b> than the plain sampler\'s at '
         "equal arithmetic where the interval of their ratio leaves out 1. Brackets are 95 % "
         f"bootstrap intervals.{everywhere and f' All rows: {everywhere}.'}</p>\n"
-        f'<div class="scroll"><table><thead><tr><th scope="col">setting</th>{heads}</tr></thead>\n'
+        '<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">setting</th>'
+        f"{heads}</tr></thead>\n"
         f"<tbody>{body}</tbody></table></div>\n"
         f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>\n"
     )
@@ -105,19 +106,19 @@ def _comparison(rows: Sequence[Row]) -> list[Column]:
             lambda row: starred(number(row.share, "{:.2f}"), row, cheap),
         ),
         Column(
-            "latent error ↓",
+            "latent error&nbsp;↓",
             "squared difference to the full sampler's latents at the same seeds, relative",
             lambda row: number(row.latent_error),
         ),
         Column(
-            "&times; plain ↓",
+            "&times;&nbsp;plain&nbsp;↓",
             "the mean latent error as a multiple of the plain sampler's over the same pictures, "
             "with as many steps as the setting's arithmetic buys; they stand below; less than 1 "
             "beats it",
             against_plain,
         ),
         Column(
-            "s / image",
+            "s&nbsp;/&nbsp;image",
             "seconds per image",
             lambda row: starred(number(row.seconds, digits=3), row, fast),
         ),
@@ -126,43 +127,43 @@ def _comparison(rows: Sequence[Row]) -> list[Column]:
 
 _QUALITY = (
     Column(
-        "PSNR ↑",
+        "PSNR&nbsp;↑",
         "in dB, of the pictures against the full sampler's at the same seeds",
         lambda row: number(row.psnr, "{:.1f}"),
     ),
     Column(
-        "SSIM ↑",
+        "SSIM&nbsp;↑",
         "structural similarity to the full sampler's pictures at the same seeds",
         lambda row: number(row.ssim, "{:.3f}"),
     ),
     Column(
-        "Fréchet ↓",
+        "Fréchet&nbsp;↓",
         "distance of the pictures' distribution to that of real pictures",
         lambda row: number(row.frechet, digits=3),
     ),
     Column(
-        "spatial Fréchet ↓",
+        "spatial Fréchet&nbsp;↓",
         "the same on features that keep their places (sFID with Inception)",
         lambda row: number(row.spatial_frechet, digits=3),
     ),
     Column(
-        "precision ↑",
+        "precision&nbsp;↑",
         "fraction of the pictures that resemble real ones",
         lambda row: number(row.precision, "{:.3f}"),
     ),
     Column(
-        "recall ↑",
+        "recall&nbsp;↑",
         "fraction of the real pictures that resemble sampled ones",
         lambda row: number(row.recall, "{:.3f}"),
     ),
-    Column("IS ↑", "inception score", lambda row: number(row.inception_score, digits=3)),
+    Column("IS&nbsp;↑", "inception score", lambda row: number(row.inception_score, digits=3)),
     Column(
-        "CLIPScore ↑",
+        "CLIPScore&nbsp;↑",
         "agreement of prompt and picture",
         lambda row: number(row.clip_score, digits=3),
     ),
     Column(
-        "retrieval ↑",
+        "retrieval&nbsp;↑",
         "fraction of the pictures whose prompt names one of the 5 nearest real pictures",
         lambda row: number(row.retrieval, "{:.3f}"),
     ),
@@ -179,7 +180,7 @@ def _key_calls(row: Row) -> str:
 _POLICY = (
     Column("GFLOP", "UNet arithmetic per image", lambda row: number(row.gflop, digits=3)),
     Column(
-        "encoder / calls",
+        "encoder&nbsp;/ calls",
         "encoder runs and denoiser calls per image",
         lambda row: f"{row.encoder_runs} / {row.num_calls}",
     ),

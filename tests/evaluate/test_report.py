@@ -178,6 +178,29 @@ def test_the_page_needs_nothing_else():
         assert source.startswith(("data:", "#"))
 
 
+def test_a_table_that_is_cut_off_shows_it():
+    page = render(report())
+    tables = page.split("<table>")[:-1]
+    assert len(tables) == 2
+    assert all(re.search(r'<div class="scroll[^"]*" tabindex="0">$', before) for before in tables)
+    style = page[: page.index("</style>")]
+    assert re.search(r"body \{[^}]*width: fit-content;[^}]*max-width: 100%", style)
+    assert re.search(r"\.scroll::after \{[^}]*position: sticky; right: 0;[^}]*gradient", style)
+
+
+def test_facts_are_words():
+    facts = {"checkpoints": {"a": "x, sha256 0f", "b": "y"}, "unreadable": ["1.png", "2.png"]}
+    page = render(report(protocol=facts))
+    assert "<dd>a: x, sha256 0f; b: y</dd>" in page
+    assert "<dd>1.png, 2.png</dd>" in page
+
+
+def test_headings_stand_over_their_columns():
+    page = render(report())
+    assert not re.search(r"\s[↑↓]", re.sub(r"&nbsp;[↑↓]", "", page))  # no arrow on its own line
+    assert '<th scope="col" class="words">key calls</th>' in page
+
+
 def test_outcomes_follow_the_paired_ratio():
     assert match(GOOD, ROWS).outcome == "closer"
     assert match(GOOD, ROWS).opponent.name == "plain 20"
