@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +17,8 @@ from encache.errors import EncacheError
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
-    errno.EACCES: "choose a place you may write to, or change its permissions",
-    errno.EPERM: "choose a place you may write to, or change its permissions",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
     errno.EROFS: "choose a place that is not read-only",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EISDIR: "this is a folder; choose a file",
@@ -45,6 +46,8 @@ class Command(click.Command):
 class FiniteFloat(click.FloatRange):
     """A click.FloatRange that also refuses nan and the infinities; the bounds may be left out."""
 
+    name = "float"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
@@ -57,6 +60,25 @@ class FiniteFloat(click.FloatRange):
     def _describe_range(self) -> str:
         # Without bounds click's help would say "x<=None".
         return "" if self.min is None and self.max is None else super()._describe_range()
+
+
+class Text(click.ParamType):
+    """What can be written as UTF-8; a shell may hand over any bytes."""
+
+    name = "TEXT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, or fail with a usage error."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail(f"{value!r} is not UTF-8 text.", param, ctx)
+        return str(value)
+
+
+def echo_path(path: Path) -> None:
+    """Print a path to stdout, whatever bytes the file system has for it."""
+    click.echo(os.fsencode(path))
 
 
 def typed_options(names: Collection[str]) -> Iterator[str]:

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 
 from encache.model.text import tokenize
-from encache.train import autoencoder, emoji
+from encache.train import autoencoder, default_model, denoiser, emoji
 from encache.train.cli import main
 from encache.train.text import MAX_TOKENS, train_tokenizer
 
@@ -104,13 +107,22 @@ def test_npm_missing(tmp_path, monkeypatch):
     assert "npm is not installed" in result.stderr
 
 
-def test_the_recipe_writes_a_stable_diffusion_folder(packages, tmp_path):
+@pytest.fixture
+def arguments(packages, tmp_path):
+    """A command line of few steps, with its folders `model` and `work`."""
+    values = ["emoji", "--output", tmp_path / "model", "--work-dir", tmp_path / "work"]
+    values += ["--emoji-dir", packages, "--autoencoder-steps", 2, "--max_train_steps", 3]
+    return [str(value) for value in values]
+
+
+def test_the_recipe_writes_a_stable_diffusion_folder(arguments, tmp_path):
     output, work = tmp_path / "model", tmp_path / "work"
-    arguments = ["emoji", "--output", output, "--work-dir", work, "--emoji-dir", packages]
-    arguments += ["--autoencoder-steps", 2, "--max-train-steps", 3]
-    result = CliRunner().invoke(main, list(map(str, arguments)))
+    transformers.utils.logging.enable_progress_bar()
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(output)
+    assert "\r" not in result.stderr
+    assert json.loads((output / "model_index.json").read_text())["_guidance_scale"] == 3.0
     pipeline = StableDiffusionPipeline.from_pretrained(output, safety_checker=None)
     assert type(pipeline.tokenizer).__name__ == "CLIPTokenizer"
     assert pipeline.vae.config.scaling_factor == 1.0
@@ -119,6 +131,62 @@ def test_the_recipe_writes_a_stable_diffusion_folder(packages, tmp_path):
     assert Image.open(output / "samples.png").size == (8 * 64, 64)
     assert (output / "prompts.txt").read_text().split("\n")[0] == "red disc"
     assert {path.name for path in work.iterdir()} == {"autoencoder.pt", "denoiser.pt"}
+
+
+def test_a_full_disk_loses_no_training_and_a_finished_run_is_not_repeated(
+    arguments, tmp_path, monkeypatch
+):
+    def refuse(self, folder):
+        folder.mkdir()
+        (folder / "model_index.json").touch()
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    output = tmp_path / "model"
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusionPipeline, "save_pretrained", refuse)
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert f"{output} could not be written (I/O error: No space left" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"packages", "work"}
+
+    output.mkdir()  # empty, so it is nobody's
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    written = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    monkeypatch.setattr(default_model, "_train", None)  # any further step would fail
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout.strip()) == (0, str(output))
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == written
+    result = CliRunner().invoke(main, [*arguments, "--max-train-steps", "4"])
+    assert "is there already and was not made by this command" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["a model", "other files", "a file"])
+def test_something_else_is_not_overwritten(arguments, tmp_path, model_folder, kind):
+    output = tmp_path / "model"
+    if kind == "a model":
+        shutil.copytree(model_folder, output)
+    elif kind == "other files":
+        output.mkdir()
+        (output / "model_index.json").write_text("[]")
+    else:
+        output.write_text("notes")
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert f"{output} is there already and was not made by this command" in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("output", ["", "work", "packages"])
+def test_the_model_does_not_go_over_the_training(arguments, tmp_path, output):
+    result = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / output)])
+    assert result.exit_code == 1
+    assert "holds the training's own files: choose another --output" in result.stderr
+
+
+def test_the_help_names_the_recipes_steps():
+    text = CliRunner().invoke(main, ["emoji", "--help"]).stdout
+    assert f"the recipe's {autoencoder.RECIPE.steps}." in text
+    assert f"the recipe's {denoiser.RECIPE.steps}." in text
 
 
 def test_standardising_changes_latents_but_no_picture():
