@@ -1,12 +1,16 @@
-"""Files that are complete or not there at all."""
+"""Files that are complete or not there at all, and text as any editor writes it."""
 
+import codecs
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from encache.errors import EncacheError
 
 
 def check_writable(folder: Path) -> None:
@@ -37,3 +41,36 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write what JSON can hold, a line per value, atomically."""
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def decode_text(content: bytes, name: object) -> str:
+    """Decode UTF-8, or UTF-16 that begins with a byte order mark; the mark is left out.
+
+    Raises:
+        EncacheError: it is neither; the sentence begins with the file's name.
+    """
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise EncacheError(
+            f"{name} is not UTF-8 text (line {line}: {error.reason}). Save it as UTF-8."
+        ) from error
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        raise EncacheError(f"{name} is not UTF-8 text (it holds zero bytes). Save it as UTF-8.")
+    return text
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; see `decode_text`."""
+    return decode_text(path.read_bytes(), path)
+
+
+def read_lines(path: Path) -> list[str]:
+    r"""The lines that hold something, without the space around them.
+
+    They end at \n, \r\n or \r alone: str.splitlines would also cut at U+2028 and its like.
+    """
+    lines = re.split("[\r\n]", read_text(path))
+    return [line.strip() for line in lines if line.strip()]
