@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encache.errors import EncacheError
+from encache.files import read_lines, read_text
 from encache.model.features import DEFAULT_CUT, Cut
 from encache.runtime.blend import DEFAULT_BLEND, Blend
 
@@ -96,19 +97,20 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         EncacheError: there is none, or the file cannot be understood.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            prompts = [one["caption"].strip() for one in json.loads(text)["annotations"]]
-            random.Random(0).shuffle(prompts)
-        else:
-            prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EncacheError(
-            f"{path} is neither UTF-8 text with one prompt per line nor COCO captions ({error})."
-        ) from error
+    prompts = _coco_captions(path) if path.suffix.lower() == ".json" else read_lines(path)
     if not prompts:
         raise EncacheError(f"{path} holds no prompt.")
+    return prompts
+
+
+def _coco_captions(path: Path) -> list[str]:
+    text = read_text(path)
+    try:
+        captions = [one["caption"].strip() for one in json.loads(text)["annotations"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EncacheError(f"{path} is no file of COCO captions ({error}).") from error
+    prompts = [caption for caption in captions if caption]
+    random.Random(0).shuffle(prompts)
     return prompts
 
 

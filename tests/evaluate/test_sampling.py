@@ -238,6 +238,25 @@ def test_reading_prompts(tmp_path):
         lines.write_text(text)
         with pytest.raises(EncacheError, match="no prompt"):
             read_prompts(lines)
-    coco.write_text('{"images": []}')
-    with pytest.raises(EncacheError, match="COCO"):
-        read_prompts(coco)
+    for text in ('{"images": []}', "[]", "{", '{"annotations": [{"caption": 7}]}'):
+        coco.write_text(text)
+        with pytest.raises(EncacheError, match="COCO"):
+            read_prompts(coco)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_by_any_editor(tmp_path, encoding):
+    lines = tmp_path / "prompts.txt"
+    lines.write_bytes("a café\u2028au lait\r\n\r\nnext\x85line\rhot dog".encode(encoding))
+    assert read_prompts(lines) == ["a café\u2028au lait", "next\x85line", "hot dog"]
+    coco = tmp_path / "captions.JSON"
+    coco.write_bytes('{"annotations": [{"caption": "Café."}, {"caption": " "}]}'.encode(encoding))
+    assert read_prompts(coco) == ["Café."]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "captions.json"])
+def test_prompts_that_are_no_text_are_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b'{"annotations":\n"caf\xe9"}')
+    with pytest.raises(EncacheError, match=rf"{name} is not UTF-8 text \(line 2"):
+        read_prompts(path)
