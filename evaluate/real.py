@@ -13,14 +13,20 @@ from encache import __version__
 from encache.errors import EncacheError
 from encache.evaluate.extractors import Extractor
 from encache.evaluate.store import Arrays, Store
-from encache.model.pictures import UnreadablePictureError, crop_to, read_captions, read_picture
+from encache.model.pictures import (
+    UnreadablePictureError,
+    crop_to,
+    find_metadata,
+    list_pictures,
+    read_captions,
+    read_picture,
+)
 from encache.progress import progress
 
 #: Pictures that are read, extracted and stored together.
 BATCH = 64
 #: Fewest pictures that make a distribution; precision and recall look at three neighbours.
 FEWEST = 4
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Real:
     Attributes:
         features: [M, D].
         spatial: [M, D2], where the extractor has them.
-        captions: one each, where metadata.jsonl gives them.
+        captions: one each, where metadata.jsonl or metadata.csv gives them.
         unreadable: names of pictures that were left out.
     """
 
@@ -44,11 +50,12 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
     """Extract the features of all pictures in a folder, scaled and cropped to `size` (H, W).
 
     Raises:
-        EncacheError: there are too few, or metadata.jsonl cannot be understood.
+        EncacheError: there are too few, or the metadata cannot be understood.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    metadata = folder / "metadata.jsonl"
-    captions = dict(read_captions(metadata)[0]) if metadata.is_file() else {}
+    metadata = find_metadata(folder)
+    captions = dict(read_captions(metadata)[0]) if metadata else {}
+    names = sorted({*list_pictures(folder), *captions})
+    paths = [folder / name for name in names]
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     parts = [
         store.get(_describe(batch, extractor, size), partial(_extract, batch, extractor, size))
@@ -60,7 +67,6 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
             f"{folder} holds {readable.sum()} readable pictures; a distribution needs {FEWEST} at "
             "least."
         )
-    names = [str(path.relative_to(folder)) for path in paths]
     kept = [name for name, good in zip(names, readable, strict=True) if good]
     return Real(
         features=np.concatenate([part["features"] for part in parts if part["readable"].any()]),
@@ -72,8 +78,16 @@ def read_real(folder: Path, extractor: Extractor, size: tuple[int, int], store: 
 
 def _describe(paths: Sequence[Path], extractor: Extractor, size: tuple[int, int]) -> dict:
     """What the features depend on; times stand for contents, which take long to hash."""
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    files = [[path.name, *_size_and_time(path)] for path in paths]
     return {"encache": __version__, "real": files, "extractor": extractor.name, "size": size}
+
+
+def _size_and_time(path: Path) -> tuple[int, ...]:
+    try:
+        facts = path.stat()
+    except OSError:  # a link that leads nowhere: reading it will count it as unreadable
+        return ()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _extract(paths: Sequence[Path], extractor: Extractor, size: tuple[int, int]) -> Arrays:

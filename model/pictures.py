@@ -1,18 +1,36 @@
 """Captioned pictures from disk, as a viewer shows them and at the size a model works with."""
 
+import csv
 import io
 import json
+import os
+import re
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from encache.errors import EncacheError
+from encache.files import read_text
 
+#: Endings of what people call pictures, those that photos have first. What this Pillow cannot read
+#: is listed all the same: it shall be named as unreadable, not overlooked.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".avif", ".heic", ".heif", ".jxl"),
+    *(".bmp", ".dib", ".gif", ".apng", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".mpo"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi", ".psd"),
+)
+#: What a file of captions needs, by its name.
+_METADATA = {
+    "metadata.jsonl": 'lines like {"file_name": "0001.png", "text": "a red apple"}',
+    "metadata.csv": "the columns file_name and text",
+}
 #: By Pillow's raw mode of a PNG: what makes a level of the file one of 8 bits.
 _TO_EIGHT_BITS: dict[object, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+_LITTER = {"__MACOSX", "@eaDir"}
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class UnreadablePictureError(ValueError):
@@ -108,37 +126,92 @@ def crop_to(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
+def list_files(folder: Path) -> list[str]:
+    """The files in a folder and its folders that a person would count, as sorted names a/b.jpg.
+
+    Linked folders are looked into, each once however many links lead to it or back up.
+    """
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not is_litter(name))
+        inside = Path(root).relative_to(folder)
+        found += [(inside / name).as_posix() for name in files if not is_litter(name)]
+    return sorted(found)
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """Those of `list_files` whose ending is a picture's."""
+    return [name for name in list_files(folder) if name.lower().endswith(SUFFIXES)]
+
+
+def is_litter(name: str) -> bool:
+    """Whether nobody put a/b.jpg there: hidden files, the doubles ._b.jpg of macOS, thumbnails."""
+    parts = name.split("/")
+    return any(part in _LITTER or (part[:1] == "." and part.strip(".")) for part in parts)
+
+
+def find_metadata(folder: Path) -> Path | None:
+    """The folder's metadata.jsonl or metadata.csv."""
+    return next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+
+
 def read_captions(metadata: Path) -> tuple[list[tuple[str, str]], int]:
-    """File names with their captions, from lines of {"file_name": ..., "text": ...}.
+    """Pictures with their captions, by the columns file_name and text of a .jsonl or .csv file.
 
     Returns:
-        The pairs, and the number of lines that give none.
+        The pairs in the file's order, the names as `list_files` writes them, the caption "" where
+        there is none; and the number of lines that name no file of the folder.
 
     Raises:
-        EncacheError: the file is no text, or none of its lines gives a pair.
+        EncacheError: the file is no text, or none of its lines gives a picture and a caption.
     """
-    try:
-        lines = [line for line in metadata.read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise EncacheError(f"{metadata} is not UTF-8 text ({error.reason}).") from error
-    captioned = [pair for line in lines if (pair := _pair(line))]
-    if not captioned:
+    rows = _read_rows(metadata)
+    named = [(_name_inside(metadata.parent, row.get("file_name")), row.get("text")) for row in rows]
+    pairs = [(name, text if is_text(text) else "") for name, text in named if name]
+    if not any(text for _, text in pairs):
         raise EncacheError(
-            f'{metadata} needs lines like {{"file_name": "0001.png", "text": "a red apple"}}; none '
-            f"of its {len(lines)} is one."
+            f"{metadata} needs {_METADATA[metadata.name]}, and the picture in its folder; none of "
+            f"its {len(rows)} is one."
         )
-    return captioned, len(lines) - len(captioned)
+    return pairs, len(rows) - len(pairs)
 
 
-def _pair(line: str) -> tuple[str, str] | None:
+def _read_rows(metadata: Path) -> list[dict[str, Any]]:
+    text = read_text(metadata)
+    if metadata.suffix == ".jsonl":
+        return [_parse(line) for line in text.split("\n") if line.strip()]
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise EncacheError(f"{metadata} is no table with commas ({error}).") from error
+
+
+def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        name, caption = row["file_name"], row["text"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return (name, caption) if is_text(name) and is_text(caption) else None
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
-def is_text(value: object) -> bool:
-    """Whether it is a string with something in it."""
-    return isinstance(value, str) and bool(value.strip())
+def _name_inside(folder: Path, name: Any) -> str | None:
+    """The file's name as `list_files` writes it, or None where the folder has no such file.
+
+    A name that leads out of the folder counts as missing: a data set from elsewhere must not make
+    other files of this machine part of a model.
+    """
+    root = os.path.abspath(folder)
+    for spelling in (name, name.replace("\\", "/")) if is_text(name) else ():
+        path = Path(os.path.abspath(os.path.join(root, spelling)))
+        if path.is_relative_to(root) and os.path.isfile(path):
+            return path.relative_to(root).as_posix()
+    return None
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string with something in it, and with no half of a cut emoji."""
+    return isinstance(value, str) and bool(value.strip()) and not _HALF_CHARACTER.search(value)

@@ -1,13 +1,15 @@
-"""Captioned pictures for fine-tuning: image folders, webdataset shards, the emoji."""
+"""Captioned pictures for fine-tuning: folders, webdataset shards, the emoji."""
 
 import hashlib
 import io
 import json
+import posixpath
+import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +18,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from encache.errors import EncacheError
+from encache.files import decode_text
 from encache.model.pictures import (
+    SUFFIXES,
     UnreadablePictureError,
     crop_to,
+    find_metadata,
+    is_litter,
     is_text,
+    list_files,
+    list_pictures,
     read_captions,
     read_picture,
 )
@@ -28,6 +36,10 @@ from encache.train.loop import generator_of
 
 #: Unreadable pictures in a row after which a run stops.
 MAX_TRIES = 20
+#: Names of shards; a compressed one is listed too, so that it is refused rather than overlooked.
+_SHARD = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)", re.IGNORECASE)
+#: Zeros with which a tar's end may be filled up, in bytes.
+_LONGEST_PADDING = 2**20
 
 
 class Pictures(Protocol):
@@ -36,112 +48,183 @@ class Pictures(Protocol):
     Attributes:
         names: one per picture, for messages.
         num_without_caption: pictures that were left out.
-        fingerprint: sha256 over names and captions (of shards: sizes), not over the pictures.
+        num_without_picture: lines of the metadata that were left out: they name no picture.
+        fingerprint: sha256 over names and captions, not over the pictures.
     """
 
     names: list[str]
     num_without_caption: int
+    num_without_picture: int
     fingerprint: str
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """Picture `index` in RGB and a caption; what varies is drawn.
 
         Raises:
-            OSError, UnreadablePictureError: the picture or its caption cannot be read.
+            OSError, UnreadablePictureError: the picture cannot be read.
         """
 
 
-class ImageFolder:
-    """A folder with metadata.jsonl: {"file_name": ..., "text": ...} per line."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where bytes lie: a whole file, or `size` bytes of a shard from `offset` on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        captioned, self.num_without_caption = read_captions(folder / "metadata.jsonl")
-        self.names = [name for name, _ in captioned]
-        self.captions = [caption for _, caption in captioned]
-        self.fingerprint = _digest(f"{name} {caption}" for name, caption in captioned)
+    path: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Read them, or raise OSError."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+#: A picture's name, its place and its caption.
+Sample = tuple[str, Place, str]
+
+
+class StoredPictures:
+    """Pictures in files or shards, in any order, which an exact resume needs; see `Pictures`."""
+
+    def __init__(
+        self, samples: Sequence[Sample], num_without_caption: int, num_without_picture: int = 0
+    ) -> None:
+        self.names = [name for name, _, _ in samples]
+        self.captions = [caption for _, _, caption in samples]
+        self.num_without_caption = num_without_caption
+        self.num_without_picture = num_without_picture
+        self.fingerprint = _digest(f"{name} {caption}" for name, _, caption in samples)
+        self._places = [place for _, place, _ in samples]
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
-        return read_picture(self.folder / self.names[index]), self.captions[index]
+        return read_picture(io.BytesIO(self._places[index].read())), self.captions[index]
 
 
 def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    # File names that are no UTF-8 come as surrogates.
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
-class Shards:
-    """webdataset shards (.tar) as img2dataset writes them: KEY.jpg beside KEY.txt or KEY.json.
+def open_image_folder(metadata: Path) -> StoredPictures:
+    """The pictures that metadata.jsonl or metadata.csv lists, once per line, in its order."""
+    folder = metadata.parent
+    pairs, num_without_picture = read_captions(metadata)
+    samples = [(name, Place(folder / name), caption) for name, caption in pairs if caption]
+    present = {*list_pictures(folder), *(name for name, _ in pairs)}
+    keys = {_key(name) for name in present}
+    alone = present.difference(name for name, _, _ in samples)
+    num_without_caption = sum(not _goes_along(_key(name), keys) for name in alone)
+    return StoredPictures(samples, num_without_caption, num_without_picture)
 
-    The members' places are listed once, so that pictures can be read in any order, which an exact
-    resume needs. Only plain tar files can be read so, not compressed ones.
+
+def open_captioned_folder(folder: Path) -> StoredPictures:
+    """The pictures beside which a caption lies; see `pair`."""
+    return StoredPictures(*pair({name: Place(folder / name) for name in list_files(folder)}))
+
+
+def open_shards(shards: Iterable[Path]) -> StoredPictures:
+    """webdataset shards (.tar), as img2dataset writes them; see `pair`.
+
+    The members' places are listed once, so that they can be read in any order: only plain tar
+    files can be read so, not compressed ones.
     """
-
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self.names: list[str] = []
-        self.num_without_caption = 0
-        self._places: list[tuple[Path, dict[str, tuple[int, int]]]] = []
-        for shard in sorted(shards):
-            for key, members in _list_members(shard).items():
-                if not members.keys() & _PICTURE_SUFFIXES:
-                    continue
-                if not members.keys() & {"txt", "json"}:
-                    self.num_without_caption += 1
-                    continue
-                self.names.append(f"{shard.name}:{key.lstrip('./')}")
-                self._places.append((shard, members))
-        sizes = ([size for _, size in members.values()] for _, members in self._places)
-        self.fingerprint = _digest(
-            f"{name} {size}" for name, size in zip(self.names, sizes, strict=True)
-        )
-
-    def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
-        """See `Pictures`."""
-        shard, members = self._places[index]
-        suffix = min(members.keys() & _PICTURE_SUFFIXES)
-        picture = read_picture(io.BytesIO(_read_member(shard, members[suffix])))
-        if "txt" in members:
-            return picture, _read_member(shard, members["txt"]).decode(errors="replace").strip()
-        return picture, _caption_of(_read_member(shard, members["json"]))
+    samples: list[Sample] = []
+    num_without_caption = 0
+    for shard in sorted(shards):
+        found, without = pair(_list_members(shard))
+        samples += found
+        num_without_caption += without
+    return StoredPictures(samples, num_without_caption)
 
 
-def _caption_of(facts: bytes) -> str:
+def pair(files: Mapping[str, Place]) -> tuple[list[Sample], int]:
+    """Put every picture KEY.jpg together with its caption in KEY.txt, KEY.caption or KEY.json.
+
+    The JSON is {"caption": ...}. What else a key has, KEY.png beside KEY.jpg or KEY.depth.png, goes
+    along with its picture and is neither used nor counted.
+
+    Returns:
+        The samples in the order of the files, and the number of pictures without a caption.
+
+    Raises:
+        EncacheError: a caption is no text.
+    """
+    keys: dict[str, dict[str, str]] = {}
+    for name in files:
+        keys.setdefault(_key(name), {})[name.removeprefix(_key(name)).lower()] = name
+    pictures = {key: names for key, names in keys.items() if not names.keys().isdisjoint(SUFFIXES)}
+    samples, num_without_caption = [], 0
+    for key, names in pictures.items():
+        if caption := _find_caption(files, names):
+            picture = next(names[suffix] for suffix in SUFFIXES if suffix in names)
+            samples.append((picture, files[picture], caption))
+        elif not _goes_along(key, pictures):
+            num_without_caption += 1
+    return samples, num_without_caption
+
+
+def _key(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _goes_along(key: str, keys: Container[str]) -> bool:
+    """Whether it belongs to another picture, as a.depth to a; a number (v1.0) tells keys apart."""
+    splits = [match.start() for match in re.finditer(r"\.(?=[^\d/][^/]*$)", key)]
+    return any(key[:split] in keys for split in splits)
+
+
+def _find_caption(files: Mapping[str, Place], names: Mapping[str, str]) -> str:
+    """The first that is not empty among the files of a key, or ""."""
+    for suffix in (".txt", ".caption", ".json"):
+        if suffix in names:
+            text = decode_text(files[names[suffix]].read(), names[suffix])
+            caption = _caption_of(text) if suffix == ".json" else text
+            if is_text(caption):
+                return caption.strip()
+    return ""
+
+
+def _caption_of(facts: str) -> Any:
     try:
-        caption = json.loads(facts)["caption"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadablePictureError("its facts are no JSON with a caption") from error
-    if not is_text(caption):
-        raise UnreadablePictureError("it has no caption")
-    return str(caption)
+        return json.loads(facts)["caption"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
-_PICTURE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
-
-
-def _list_members(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Offset and size of every file of a tar, by key and suffix."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+def _list_members(shard: Path) -> dict[str, Place]:
+    """Every file of a tar with the place of its bytes; a link has those that it leads to."""
+    nothing = Place(shard, size=0)  # no picture: reading it counts it as unreadable
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                folder, _, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                key = f"{folder}/{stem}"
-                place = (member.offset_data, member.size)
-                samples.setdefault(key, {})[suffix.lower()] = place
+                name = posixpath.normpath(member.name)
+                if member.issym():
+                    target = posixpath.join(posixpath.dirname(name), member.linkname)
+                    links[name] = posixpath.normpath(target)
+                elif member.islnk():  # to a member before it; a name packed twice links to itself
+                    places[name] = places.get(posixpath.normpath(member.linkname), nothing)
+                elif member.isfile():
+                    whole = Place(shard, member.offset_data, member.size)
+                    places[name] = nothing if member.issparse() else whole
+            _check_end(file, archive)
     except tarfile.TarError as error:
         raise EncacheError(
-            f"{shard} is not a complete, uncompressed tar file ({error}). Fetch it again, or move "
-            "it out of the folder."
+            f"{shard} is not a complete, uncompressed tar file ({error}). Unpack it, fetch it "
+            "again, or move it out of the folder."
         ) from error
-    return samples
+    places |= {name: places.get(target, nothing) for name, target in links.items()}
+    return {f"{shard.name}:{name}": place for name, place in places.items() if not is_litter(name)}
 
 
-def _read_member(shard: Path, place: tuple[int, int]) -> bytes:
-    offset, size = place
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def _check_end(file: BinaryIO, archive: tarfile.TarFile) -> None:
+    """tarfile ends without a word at a damaged header, and after the first of joined archives."""
+    file.seek(archive.offset)
+    if file.read(_LONGEST_PADDING).strip(b"\0"):
+        raise tarfile.ReadError("there is more after its end")
 
 
 class EmojiPictures:
@@ -150,7 +233,7 @@ class EmojiPictures:
     def __init__(self, folder: Path) -> None:
         self.emoji = emoji.read_emoji(folder, emoji.CONCEPT_CATEGORIES)
         self.names = [f"{one.image.parent.name}/{one.image.name}" for one in self.emoji]
-        self.num_without_caption = 0
+        self.num_without_caption = self.num_without_picture = 0
         self.fingerprint = _digest(f"{one.image.name} {one.captions}" for one in self.emoji)
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
@@ -166,19 +249,23 @@ def open_pictures(folder: Path) -> Pictures:
     Raises:
         EncacheError: none that is known, or it holds no captioned picture.
     """
-    shards = list(folder.glob("*.tar"))
-    if (folder / "metadata.jsonl").is_file():
-        pictures: Pictures = ImageFolder(folder)
+    metadata = find_metadata(folder)
+    shards = [path for path in folder.glob("*") if _SHARD.fullmatch(path.name)]
+    if metadata:
+        pictures: Pictures = open_image_folder(metadata)
     elif shards:
-        pictures = Shards(shards)
+        pictures = open_shards(shards)
     elif (folder / emoji.TWEMOJI.word).is_dir():
         pictures = EmojiPictures(folder)
     else:
-        raise EncacheError(
-            f"{folder} is no training set: it holds neither metadata.jsonl with lines like "
-            '{"file_name": "0001.png", "text": "a red apple"}, nor .tar shards of img2dataset, '
-            "nor the emoji packages of encache-train emoji."
-        )
+        pictures = open_captioned_folder(folder)
+        if not pictures.names and not pictures.num_without_caption:
+            raise EncacheError(
+                f"{folder} is no training set: it holds neither metadata.jsonl with lines like "
+                '{"file_name": "0001.png", "text": "a red apple"} or metadata.csv with these '
+                "columns, nor captions beside the pictures (0001.txt beside 0001.png), nor .tar "
+                "shards of img2dataset, nor the emoji packages of encache-train emoji."
+            )
     if not pictures.names:
         raise EncacheError(
             f"{folder} holds no picture with a caption ({pictures.num_without_caption} without)."

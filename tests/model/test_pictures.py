@@ -1,7 +1,8 @@
-"""Pictures as cameras and programs write them."""
+"""Pictures as cameras and programs write them, and what a folder of them holds."""
 
 import io
 import itertools
+import json
 import struct
 import zlib
 
@@ -10,7 +11,14 @@ import PIL
 import pytest
 from PIL import Image
 
-from encache.model.pictures import UnreadablePictureError, read_picture
+from encache.errors import EncacheError
+from encache.model.pictures import (
+    UnreadablePictureError,
+    list_files,
+    list_pictures,
+    read_captions,
+    read_picture,
+)
 
 WHITE = (255, 255, 255)
 #: What older versions call unreadable.
@@ -311,3 +319,94 @@ def test_damaged_pictures_are_unreadable_and_nothing_worse(form, start, stop):
     content[start:stop] = bytes(len(content[start:stop]))
     with pytest.raises(UnreadablePictureError):
         read_pixels(bytes(content))
+
+
+def test_files_that_a_person_would_count(tmp_path):
+    names = ["b.PNG", "a.jpg", "a.txt", "c/d.tiff", "c.d/e.jfif", "._a.jpg", ".hidden/f.jpg"]
+    names += ["__MACOSX/c/d.tiff", "c/.DS_Store", "Thumbs.db", "@eaDir/a.jpg/thumb.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    assert list_files(tmp_path) == sorted([*names[:5], "Thumbs.db"])
+    assert list_pictures(tmp_path) == ["a.jpg", "b.PNG", "c.d/e.jfif", "c/d.tiff"]
+
+
+def test_linked_folders_are_looked_into_once(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "inner").mkdir(parents=True)
+    (elsewhere / "inner" / "a.jpg").touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "one").symlink_to(elsewhere)
+    (folder / "two").symlink_to(elsewhere / "inner")
+    (elsewhere / "inner" / "up").symlink_to(folder)
+    assert list_files(folder) == ["one/inner/a.jpg"]
+
+
+def write_metadata(folder, text, encoding="utf-8", name="metadata.jsonl"):
+    for picture in ("a.png", "sub/b.png"):
+        (folder / picture).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(folder / picture)
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_captions_by_any_editor(tmp_path, encoding, end):
+    lines = [
+        '{"file_name": "a.png", "text": "café\u2028next\x85line"}',
+        '{"file_name": "sub/b.png", "text": "b"}',
+    ]
+    path = write_metadata(tmp_path, end.join(lines) + end, encoding)
+    assert read_captions(path) == ([("a.png", "café\u2028next\x85line"), ("sub/b.png", "b")], 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_in_a_table(tmp_path, encoding):
+    text = 'file_name,text\r\na.png,"red, ""and""\nround"\r\nsub\\b.png,\r\nnone.png,c\r\n'
+    path = write_metadata(tmp_path, text, encoding, "metadata.csv")
+    assert read_captions(path) == ([("a.png", 'red, "and"\nround'), ("sub/b.png", "")], 1)
+
+
+def test_names_that_lead_out_of_the_folder_name_no_picture(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    names = ["../outside.png", str(outside), "sub/../../outside.png", "none.png", "sub", "a.png\0"]
+    names += ["x" * 300, "\ud800.png", ""]
+    inside = ["a.png", "./a.png", "sub/../a.png", "sub\\b.png", str(folder / "a.png")]
+    rows = [json.dumps({"file_name": name, "text": "t"}) for name in [*names, *inside]]
+    path = write_metadata(folder, "\n".join(rows))
+    found, num_without_picture = read_captions(path)
+    assert [name for name, _ in found] == ["a.png", "a.png", "a.png", "sub/b.png", "a.png"]
+    assert num_without_picture == len(names)
+
+
+def test_half_an_emoji_is_no_caption(tmp_path):
+    lines = ['{"file_name": "a.png", "text": "cut \\ud83d"}', '{"file_name": "a.png", "text": "t"}']
+    path = write_metadata(tmp_path, "\n".join(lines))
+    assert read_captions(path) == ([("a.png", ""), ("a.png", "t")], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png",\n "text": "caf\xe9"}',
+            "not UTF-8 text .line 2",
+        ),
+        ("metadata.jsonl", b'{"file_name": "none.png", "text": "t"}', "none of its 1 is one"),
+        ("metadata.csv", b"file;text\na.png;red\n", "columns file_name and text"),
+        ("metadata.csv", b'file_name,text\na.png,"' + b"x" * 200_000, "no table with commas"),
+    ],
+)
+def test_metadata_that_is_of_no_use(tmp_path, name, content, message):
+    path = write_metadata(tmp_path, "", name=name)
+    path.write_bytes(content)
+    with pytest.raises(EncacheError, match=message):
+        read_captions(path)

@@ -1,5 +1,6 @@
 """Captioned pictures: what is read, what is skipped, and what a step draws."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -24,6 +25,9 @@ def picture(colour, size=(40, 24)):
     return stream.getvalue()
 
 
+RED = picture("red")
+
+
 def write_folder(folder, rows):
     folder.mkdir(exist_ok=True)
     for colour in COLOURS:
@@ -39,12 +43,14 @@ def folder(tmp_path):
     return write_folder(tmp_path / "pictures", rows)
 
 
-def write_shard(path, files):
+def write_shard(path, files, others=()):
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+        for info in others:
+            archive.addfile(info)
 
 
 @pytest.fixture
@@ -90,19 +96,252 @@ def test_missing_captions_are_counted(tmp_path):
     rows += [{"file_name": 3, "text": "three"}, {"file_name": "green.png", "text": None}]
     pictures = open_pictures(write_folder(tmp_path / "pictures", rows))
     assert pictures.names == ["red.png"]
-    assert pictures.num_without_caption == 5
+    assert pictures.num_without_caption == 3  # yellow.png stands in no line
+    assert pictures.num_without_picture == 3
+
+
+def test_lines_whose_picture_is_elsewhere_are_counted(tmp_path):
+    (tmp_path / "outside.png").write_bytes(picture("red"))
+    names = ["none.png", "../outside.png", str(tmp_path / "outside.png"), "red.png", "red.png"]
+    rows = [{"file_name": name, "text": f"{index}"} for index, name in enumerate(names)]
+    folder = write_folder(tmp_path / "pictures", rows)
+    (folder / "red.depth.png").write_bytes(RED)
+    pictures = open_pictures(folder)
+    assert (pictures.names, pictures.captions) == (["red.png"] * 2, ["3", "4"])
+    assert (pictures.num_without_caption, pictures.num_without_picture) == (3, 3)
+
+
+def test_tables_of_captions(tmp_path):
+    folder = write_folder(tmp_path / "pictures", [])
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\nred.png,red square\nblue.png,\n")
+    pictures = open_pictures(folder)
+    assert captions_and_colours(pictures) == [("red square", (255, 0, 0))]
+    assert pictures.num_without_caption == 3
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def write_shard_in(folder, files):
+    write_shard(folder / "0.tar", files)
+
+
+#: Name: (files, captions that are found, pictures without one).
+PAIRS = {
+    "dots": (
+        {"v1.0.png": RED, "v1.0.txt": b"a", "v1.1.png": RED, "v1.png": RED, "v1.txt": b"b"},
+        ["a", "b"],
+        1,
+    ),
+    "folders with dots": ({"v1.0/x.png": RED, "v1.0/x.txt": b"a", "v1.png": RED}, ["a"], 1),
+    "companions": (
+        {"1.png": RED, "1.txt": b"a", "1.seg.png": RED, "1.depth.0.png": RED, "1.webp": RED},
+        ["a"],
+        0,
+    ),
+    "companions of a picture without caption": ({"1.png": RED, "1.seg.png": RED}, [], 1),
+    "a companion with its own caption": (
+        {"1.png": RED, "1.txt": b"a", "1.b.png": RED, "1.b.txt": b"b"},
+        ["a", "b"],
+        0,
+    ),
+    "capitals": ({"A.PNG": RED, "A.TXT": b"a", "b.Jpg": RED, "b.Json": b"{}"}, ["a"], 1),
+    "empty captions": (
+        {"1.png": RED, "1.txt": b"", "2.png": RED, "2.txt": b" \n\t", "3.png": RED, "3.txt": b"c"},
+        ["c"],
+        2,
+    ),
+    "an empty caption beside facts": (
+        {"1.png": RED, "1.txt": b"\n", "1.json": b'{"caption": "facts"}'},
+        ["facts"],
+        0,
+    ),
+    "facts without caption": (
+        {f"{index}.png": RED for index in range(5)}
+        | {"0.json": b"null", "1.json": b"[]", "2.json": b"{", "3.json": b'{"caption": " "}'}
+        | {"4.json": b'{"caption": "half an emoji \\ud83d"}'},
+        [],
+        5,
+    ),
+    "marks of encodings": (
+        {
+            "1.png": RED,
+            "1.txt": "é".encode("utf-8-sig"),
+            "2.png": RED,
+            "2.txt": "ü".encode("utf-16"),
+        }
+        | {"3.png": RED, "3.json": '{"caption": "ñ"}'.encode("utf-8-sig")},
+        ["é", "ñ", "ü"],
+        0,
+    ),
+    "other endings": (
+        {
+            "1.jfif": RED,
+            "1.txt": b"a",
+            "2.TIFF": RED,
+            "2.caption": b"b",
+            "3.gif": RED,
+            "3.txt": b"c",
+        }
+        | {"4.bmp": RED, "5.avif": RED, "6.heic": RED},
+        ["a", "b", "c"],
+        3,
+    ),
+    "what programs leave": (
+        {"1.png": RED, "1.txt": b"a", "._1.png": b"", "._1.txt": b"", "__MACOSX/2.png": RED}
+        | {".DS_Store": b"", "Thumbs.db": b"", ".trash/3.png": RED, "README.txt": b"read"},
+        ["a"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("write", [write_files, write_shard_in])
+@pytest.mark.parametrize(("files", "captions", "num_without"), PAIRS.values(), ids=PAIRS.keys())
+def test_captions_beside_pictures(tmp_path, write, files, captions, num_without):
+    write(tmp_path, files)
+    if not captions:
+        with pytest.raises(EncacheError, match=f"no picture with a caption .{num_without} without"):
+            open_pictures(tmp_path)
+        return
+    pictures = open_pictures(tmp_path)
+    assert sorted(captions_and_colours(pictures)) == [(text, (255, 0, 0)) for text in captions]
+    assert pictures.num_without_caption == num_without
+
+
+@pytest.mark.parametrize("write", [write_files, write_shard_in])
+def test_a_caption_that_is_no_text_is_named(tmp_path, write):
+    write(tmp_path, {"1.png": RED, "1.txt": b"one\ncaf\xe9"})
+    with pytest.raises(EncacheError, match=r"1.txt is not UTF-8 text \(line 2"):
+        open_pictures(tmp_path)
+
+
+def test_samples_lie_in_one_order_wherever_they_were_written(tmp_path):
+    names = ["b", "a.b", "a/c", "B", "é", "10", "9"]
+    prints = []
+    for place in ("first", "second"):
+        names.reverse()
+        write_files(tmp_path / place, {f"{name}.png": RED for name in names})
+        write_files(tmp_path / place, {f"{name}.txt": name.encode() for name in names})
+        prints.append(open_pictures(tmp_path / place).fingerprint)
+    assert prints[0] == prints[1]
 
 
 def test_shards_of_other_tools(tmp_path):
-    """GNU tar writes ./ before names, and folders may hold dots."""
+    """GNU tar writes ./ before names, folders have members of their own and may hold dots."""
     files = {"./v1.0/a.png": picture("red"), "./v1.0/a.txt": b"red", "./b.png": picture("blue")}
     files["./b.json"] = b'{"caption": null}'
-    write_shard(tmp_path / "0.tar", files)
+    folder = tarfile.TarInfo("./v2.jpg")
+    folder.type = tarfile.DIRTYPE
+    write_shard(tmp_path / "0.tar", files, [folder])
     pictures = open_pictures(tmp_path)
-    assert pictures.names == ["0.tar:v1.0/a", "0.tar:b"]
-    assert pictures.read(0, torch.Generator())[1] == "red"
-    with pytest.raises(ValueError, match="no caption"):
-        pictures.read(1, torch.Generator())
+    assert pictures.names == ["0.tar:v1.0/a.png"]
+    assert captions_and_colours(pictures) == [("red", (255, 0, 0))]
+    assert pictures.num_without_caption == 1
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_links_in_shards(tmp_path):
+    files = {"store/x": picture("red"), "store/y": b"y", "1.png": picture("blue"), "1.txt": b"one"}
+    links = [link("2.png", "1.png", tarfile.LNKTYPE), link("2.txt", "store/y", tarfile.LNKTYPE)]
+    links += [link("1.png", "1.png", tarfile.LNKTYPE)]  # GNU tar's, for a name given twice
+    links += [link("a/3.png", "../store/x"), link("a/3.txt", "../2.txt")]
+    links += [link("4.png", "/elsewhere/4.png"), link("4.txt", "1.txt"), link("5.png", "none.png")]
+    write_shard(tmp_path / "0.tar", files, links)
+    pictures = open_pictures(tmp_path)
+    assert pictures.num_without_caption == 1
+    assert sorted(zip(pictures.names, pictures.captions, strict=True)) == [
+        ("0.tar:1.png", "one"),
+        ("0.tar:2.png", "y"),
+        ("0.tar:4.png", "one"),
+        ("0.tar:a/3.png", "y"),
+    ]
+    colours = dict.fromkeys(pictures.names)
+    for index, name in enumerate(pictures.names):
+        if name == "0.tar:4.png":
+            with pytest.raises(UnreadablePictureError):
+                pictures.read(index, torch.Generator())
+        else:
+            colours[name] = pictures.read(index, torch.Generator())[0].getpixel((3, 3))
+    assert colours["0.tar:1.png"] == colours["0.tar:2.png"] == (0, 0, 255)
+    assert colours["0.tar:a/3.png"] == (255, 0, 0)
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path):
+    write_shard(tmp_path / "0.tar", {"1.0.png": picture("red"), "1.0.txt": b"old"})
+    with tarfile.open(tmp_path / "0.tar", "a") as archive:
+        for name, content in {"1.0.png": picture("blue"), "1.0.txt": b"new"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    pictures = open_pictures(tmp_path)
+    assert captions_and_colours(pictures) == [("new", (0, 0, 255))]
+
+
+def test_names_in_another_encoding(tmp_path):
+    write_shard(tmp_path / "0.tar", {"caf\udce9.png": RED, "caf\udce9.txt": b"a"})
+    pictures = open_pictures(tmp_path)
+    assert captions_and_colours(pictures) == [("a", (255, 0, 0))]
+    assert len(pictures.fingerprint) == 64
+
+
+def test_sparse_members_are_not_read_wrongly(tmp_path):
+    """As GNU tar writes them with --sparse: what lies in the archive is a list of pieces first."""
+    info = tarfile.TarInfo("1.png")
+    info.size = 512 + len(RED)
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    info.pax_headers |= {"GNU.sparse.name": "1.png", "GNU.sparse.realsize": str(len(RED))}
+    pieces = f"1\n0\n{len(RED)}\n".encode().ljust(512, b"\0")
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(pieces + RED))
+        caption = tarfile.TarInfo("1.txt")
+        caption.size = 1
+        archive.addfile(caption, io.BytesIO(b"a"))
+    pictures = open_pictures(tmp_path)
+    assert pictures.names == ["0.tar:1.png"]
+    with pytest.raises(UnreadablePictureError):
+        pictures.read(0, torch.Generator())
+
+
+def pack_compressed(folder, shard):
+    (folder / "1.tar.gz").write_bytes(gzip.compress(shard))
+
+
+def cut(folder, shard):
+    (folder / "1.tar").write_bytes(shard[:-10_500])
+
+
+def damage(folder, shard):
+    (folder / "1.tar").write_bytes(shard[:1024] + b"x" * 512 + shard[1536:])
+
+
+def put_together(folder, shard):
+    (folder / "1.tar").write_bytes(shard + shard)
+
+
+@pytest.mark.parametrize("prepare", [pack_compressed, cut, damage, put_together])
+def test_shards_that_would_be_read_in_part_are_refused(tmp_path, prepare):
+    write_shard(
+        tmp_path / "0.TAR", {"1.png": RED, "1.txt": b"a", "2.png": RED, "2.txt": b"b" * 900}
+    )
+    prepare(tmp_path, (tmp_path / "0.TAR").read_bytes())
+    with pytest.raises(EncacheError, match=r"1.tar(.gz)? is not a complete, uncompressed tar file"):
+        open_pictures(tmp_path)
+
+
+def test_what_a_mac_leaves_beside_shards(tmp_path):
+    write_shard(tmp_path / "0.tar", {"1.png": RED, "1.txt": b"a"})
+    (tmp_path / "._0.tar").write_bytes(b"double")
+    assert open_pictures(tmp_path).names == ["0.tar:1.png"]
 
 
 def test_captions_are_part_of_the_fingerprint(tmp_path):
@@ -137,13 +376,6 @@ def with_broken_chunk(png):
     chunk = b"IDAT" + body[: length // 2]
     first = (length // 2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     return png[:start] + first + bytes(12) + body[length // 2 :]
-
-
-@pytest.mark.parametrize("facts", [b"null", b"[]", b"{", b'{"caption": ""}'])
-def test_facts_without_caption(tmp_path, facts):
-    write_shard(tmp_path / "0.tar", {"0.png": picture("red"), "0.json": facts})
-    with pytest.raises(UnreadablePictureError, match="caption"):
-        open_pictures(tmp_path).read(0, torch.Generator())
 
 
 def test_a_sliver_is_cropped_before_it_is_enlarged():
