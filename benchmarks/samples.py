@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
 from encache.runtime.pipeline import EncachePipeline
 
 STYLES = ("flat", "shaded", "3d")
@@ -28,16 +27,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/samples.png"))
     options = parser.parse_args()
     pipeline = EncachePipeline.from_pretrained()
-    size = pipeline.spec.picture_size
-    grid = Image.new("RGB", (len(NAMES) * size, len(STYLES) * size))
+    height, width = pipeline.spec.picture_size
+    grid = Image.new("RGB", (len(NAMES) * width, len(STYLES) * height))
     for row, style in enumerate(STYLES):
         images = pipeline(
             [f"{style} {name}" for name in NAMES],
-            guidance_scale=DEFAULT_MODEL_GUIDANCE_SCALE,
             generator=[torch.Generator().manual_seed(0) for _ in NAMES],
         ).images
         for column, image in enumerate(images):
-            grid.paste(image, (column * size, row * size))
+            grid.paste(image, (column * width, row * height))
     grid.quantize(256).save(options.output, optimize=True)
 
 

@@ -39,7 +39,6 @@ from encache.model.features import CUTS, Cut
 from encache.model.split import SplitUNet
 from encache.model.text import tokenize
 from encache.runtime.blend import Blend
-from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE
 from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise
@@ -249,9 +248,8 @@ def open_evaluation(num_images: int) -> Evaluation:
         if weights_of(variant).is_file():
             models[variant] = Model(find_checkpoint(weights_of(variant)), backend)
     prompts = tuple(read_prompts(default_model() / "prompts.txt"))
-    protocol = Protocol(
-        prompts, num_images, DEFAULT_MODEL_GUIDANCE_SCALE, batch_size=256 if gpu else 16
-    )
+    scale = find_checkpoint().guidance_scale
+    protocol = Protocol(prompts, num_images, scale, batch_size=256 if gpu else 16)
     extractor = load_extractor("efficientnet-lite0", device="cuda" if gpu else "cpu")
     return Evaluation(models, protocol, Store(FOLDER / "store"), extractor)
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from encache.command import Command
+from encache.command import Command, FiniteFloat
 from encache.export.build import DTYPES
 from encache.model.features import CUTS, DEFAULT_CUT, Cut
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
-from encache.runtime.cli import DEFAULT_MODEL_GUIDANCE_SCALE, GUIDANCE_SCALE
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
 @click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
 @click.option(
     "--guidance-scale",
-    type=float,
-    help=f"Default: {GUIDANCE_SCALE}, and {DEFAULT_MODEL_GUIDANCE_SCALE} for the shipped model.",
+    type=FiniteFloat(),
+    help="Default: the first model's own.",
 )
 @click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
@@ -187,20 +186,17 @@ def main(
     from encache.evaluate.real import read_real
     from encache.evaluate.report import write_report
     from encache.evaluate.results import Report
-    from encache.evaluate.settings import Setting, cached_settings
+    from encache.evaluate.settings import Protocol, Setting, cached_settings, read_prompts
+    from encache.model.checkpoint import default_model
     from encache.runtime.machine import describe_machine
     from encache.runtime.plan import paper_key_calls as key_calls_of_paper
 
     models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
-    protocol = _read_protocol(
-        prompts,
-        num_images,
-        guidance_scale,
-        height,
-        width,
-        batch_size,
-        max_decode_batch,
-        shipped,
+    if guidance_scale is None:
+        guidance_scale = next(iter(models.values())).checkpoint.guidance_scale
+    texts = read_prompts(prompts or default_model() / "prompts.txt")
+    protocol = Protocol(
+        tuple(texts), num_images, guidance_scale, height, width, batch_size, max_decode_batch
     )
     fulls = [Setting(label, scheduler or "", steps) for label in models]
     first = fulls[0]
@@ -227,7 +223,8 @@ def main(
     )
     pictures = None
     if real and evaluation.extractor:
-        size = height or model.spec.picture_size, width or model.spec.picture_size
+        default_height, default_width = model.spec.picture_size
+        size = height or default_height, width or default_width
         pictures = read_real(real, evaluation.extractor, size, evaluation.store)
     _measure(evaluation, listed, reference)
     full_of = {full.model: full for full in fulls}
@@ -283,25 +280,6 @@ def _open_models(
     return {label: Model(one, chosen) for label, one in zip(labels, found, strict=True)}
 
 
-def _read_protocol(
-    prompts: Path | None,
-    num_images: int,
-    guidance_scale: float | None,
-    height: int | None,
-    width: int | None,
-    batch_size: int,
-    max_decode_batch: int | None,
-    shipped: bool,
-) -> "Protocol":
-    from encache.evaluate.settings import Protocol, read_prompts
-    from encache.model.checkpoint import default_model
-
-    if guidance_scale is None:
-        guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
-    texts = tuple(read_prompts(prompts or default_model() / "prompts.txt"))
-    return Protocol(texts, num_images, guidance_scale, height, width, batch_size, max_decode_batch)
-
-
 def _open_evaluation(
     models: "dict[str, Model]",
     protocol: "Protocol",
@@ -350,10 +328,10 @@ def _facts(evaluation: "Evaluation", reference: "Setting", real: "Real | None") 
 
 def _measure(evaluation: "Evaluation", listed: "Sequence[Setting]", reference: "Setting") -> None:
     """Batch by batch through all settings, so that an unfinished run has pairs of every one."""
-    from tqdm import tqdm
+    from encache.progress import progress
 
     batches = evaluation.protocol.batches
-    with tqdm(total=len(listed) * evaluation.protocol.num_images, unit="picture") as bar:
+    with progress(total=len(listed) * evaluation.protocol.num_images, unit="picture") as bar:
         for pictures, setting in product(batches, listed):
             bar.set_description(setting.name[-30:])
             evaluation.compare(setting, reference, pictures)

@@ -20,8 +20,9 @@ from encache.evaluate.settings import Protocol, Setting
 from encache.evaluate.store import Arrays, Store, join
 from encache.export.graphs import TORCH_DTYPES
 from encache.model.arithmetic import Arithmetic, count_arithmetic
-from encache.model.checkpoint import Checkpoint, load_pipeline
+from encache.model.checkpoint import Checkpoint
 from encache.model.features import Cut, ImageSpec
+from encache.model.loading import load_pipeline
 from encache.runtime.compare import psnr
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan

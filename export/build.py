@@ -29,8 +29,10 @@ from encache.export.manifest import (
     record_files,
 )
 from encache.export.target import Target
-from encache.model.checkpoint import Checkpoint, load_pipeline
+from encache.files import naming
+from encache.model.checkpoint import Checkpoint
 from encache.model.features import CUTS, DEFAULT_CUT, Cut, Feature, ImageSpec, feature_table
+from encache.model.loading import load_pipeline
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -91,12 +93,20 @@ def find_engines(request: Request, engine_dir: Path) -> Path | None:
     """The finished engine folder of this request, or None.
 
     Raises:
-        EngineError: it is finished, but a file is missing, of another size, or foreign.
+        EngineError: it is finished, but a file is missing or of another size, or it holds engines
+            of something else than its name says.
+        OSError: something there may not be read.
     """
     folder = engine_dir / request.folder_name
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         return None
-    read_manifest(folder)
+    found = read_manifest(folder)
+    if found.identity != request.identity:
+        raise EngineError(
+            f"{folder} was renamed: it holds the engines {found.name}-{found.identity.key} "
+            f"({found.identity.backend}, cut {found.identity.cut}, {found.identity.dtype}). Give "
+            "it that name again, or move it away, and repeat the command."
+        )
     return folder
 
 
@@ -111,7 +121,7 @@ def find_covering_engines(request: Request, engine_dir: Path) -> Path | None:
 def _covers(folder: Path, request: Request) -> bool:
     try:
         identity = read_manifest(folder).identity
-    except EngineError:  # whoever asks for that folder itself is told
+    except (EngineError, OSError):  # whoever asks for that folder itself is told
         return False
     if not (request.target and identity.target):
         return False
@@ -127,7 +137,7 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
     Args:
         request: what to build.
         engine_dir: parent of engine folders; created when missing.
-        report: receives one line per finished part.
+        report: receives one line per part as it begins, and one when it was checked.
 
     Raises:
         EngineError: a graph does not reproduce PyTorch.
@@ -147,7 +157,8 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
         with tempfile.TemporaryDirectory(dir=engine_dir, prefix=unfinished) as temporary:
             parts = Path(temporary, "engines")
             parts.mkdir()
-            _write_engines(request, parts, report)
+            with naming(engine_dir):
+                _write_engines(request, parts, report)
             shutil.rmtree(folder, ignore_errors=True)  # a folder without manifest is no engine
             parts.rename(folder)
     return folder
@@ -176,6 +187,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         parity_tolerance=PARITY_TOLERANCE[request.dtype],
         build_seconds=round(time.perf_counter() - start, 1),
         scratch_bytes=scratch_bytes,
+        guidance_scale=request.checkpoint.guidance_scale,
     )
     manifest.write(folder)
 
@@ -202,14 +214,16 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
     from encache.export.parity import measure_parity
     from encache.export.trt import profile
 
+    report(f"loading {request.checkpoint.name}")
     pipeline = load_pipeline(request.checkpoint, TORCH_DTYPES[request.dtype])
     spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
-    traced = max(spec.sample_size, 16)  # smaller pictures shrink to one pixel inside the UNet
+    # Smaller pictures shrink to one pixel inside the UNet.
+    height, width = (max(side, 16) for side in spec.sample_size)
     graphs = pipeline_graphs(pipeline, request.cut)
     for graph in graphs:
+        report(f"exporting {graph.name}")
         (folder / graph.name).mkdir()
-        write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": traced, "w": traced})
-        report(f"exported {graph.name}")
+        write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": height, "w": width})
     _write_companions(pipeline, folder)
     tolerance = PARITY_TOLERANCE[request.dtype]
     parity = {}
@@ -248,6 +262,7 @@ def _compile(
         ahead = ()
     scratch_bytes = {}
     for graph, sizes in shapes.items():
+        report(f"compiling {graph}")
         path = folder / graph / ONNX
         compiled = Compiler(request.backend, path).compile(sizes, ahead, timing_cache)
         path.with_name(ENGINE).write_bytes(compiled.engine)
@@ -262,7 +277,16 @@ def _compile(
 def _write_companions(pipeline: "StableDiffusionPipeline", folder: Path) -> None:
     """Tokenizer, scheduler and index, as in a diffusers folder."""
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    # As the checkpoint wrote it: what it left out is each solver's own default, here as there.
+    left_out = {"_use_default_values", *pipeline.scheduler.config.get("_use_default_values", ())}
     pipeline.scheduler.save_pretrained(folder / "scheduler")
+    config = folder / "scheduler" / pipeline.scheduler.config_name
+    kept = {
+        name: value
+        for name, value in json.loads(config.read_bytes()).items()
+        if name not in left_out
+    }
+    config.write_text(json.dumps(kept, indent=2) + "\n")
     index = {
         "_class_name": "EncachePipeline",
         "scheduler": ["diffusers", type(pipeline.scheduler).__name__],

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from encache.command import Command, typed_options
+from encache.command import Command, echo_path, typed_options
 from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.options import engine_options
@@ -84,6 +84,7 @@ _COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "heig
 def main(
     ckpt: str | None,
     base: str | None,
+    variant: str | None,
     loras: tuple[str, ...],
     vae: str | None,
     cut: Cut,
@@ -97,7 +98,7 @@ def main(
     width: Span | None,
     engine_dir: Path,
 ) -> None:
-    r"""Split a Stable Diffusion UNet and export it with its text encoder and image decoder.
+    """Split a Stable Diffusion UNet and export it with its text encoder and image decoder.
 
     Prints the engine folder. Repeating a finished export does nothing.
 
@@ -107,7 +108,7 @@ def main(
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
     """
     target = None
-    checkpoint = find_checkpoint(ckpt, base, loras, vae)
+    checkpoint = find_checkpoint(ckpt, base, loras, vae, variant)
     if backend in TENSORRT_BACKENDS:
         check_size(*(height or ()), *(width or ()))
         target = make_target(
@@ -128,9 +129,9 @@ def main(
     request = Request(checkpoint, cut, dtype or default_dtype(backend), backend, target)
     if finished := find_engines(request, engine_dir):
         click.echo("Nothing to do: this export is finished.", err=True)
-        click.echo(finished)
+        echo_path(finished)
         return
     start = time.perf_counter()
     folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
     click.echo(f"built in {time.perf_counter() - start:.0f} s", err=True)
-    click.echo(folder)
+    echo_path(folder)

@@ -178,7 +178,9 @@ class _Picture(nn.Module):
 
 def _picture_graph(vae: Any) -> Graph:
     def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
-        return (_draw_latents(generator, sizes, vae.config.latent_channels, vae.dtype),)
+        # As large as a sampler's, which are several times unit noise here.
+        scale = 1 / vae.config.scaling_factor
+        return (scale * _draw_latents(generator, sizes, vae.config.latent_channels, vae.dtype),)
 
     return Graph("vae_decoder", _Picture(vae), ("latents",), ("picture",), (_LATENTS,), draw)
 

@@ -5,6 +5,8 @@ Needs neither torch nor a backend, so a finished export is recognised at once.
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,14 +15,15 @@ from typing import Any
 
 from encache.errors import EngineError
 from encache.export.target import Target
-from encache.model.checkpoint import Checkpoint
+from encache.files import parse_json
+from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint
 from encache.model.features import Cut, Feature, ImageSpec
 
 MANIFEST = "manifest.json"
 #: What a part's folder holds: a graph with its weights beside it, or a compiled engine.
 ONNX, ONNX_WEIGHTS, ENGINE = "model.onnx", "model.onnx.data", "model.engine"
-#: Raised when graphs of an older encache no longer fit its runtime.
-GRAPH_FORMAT = 2
+#: Raised when graphs or manifests of an older encache no longer fit its runtime.
+GRAPH_FORMAT = 3
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 REBUILD = "Delete the folder and run encache-export again."
 
@@ -82,6 +85,7 @@ class Manifest:
         parity_tolerance: the largest that was accepted.
         build_seconds: how long the build took.
         scratch_bytes: GPU memory that each TensorRT engine needs beside its weights.
+        guidance_scale: the model's default.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Manifest:
     parity_tolerance: float
     build_seconds: float
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
+    guidance_scale: float = GUIDANCE_SCALE
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -115,12 +120,18 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json.
 
     Raises:
-        EngineError: there is none, it is damaged or of another format, or the folder's files are
-            not those that it lists (names and sizes; contents are checked when they are read).
+        EngineError: there is none, it is damaged or of another format, or a file that it lists is
+            missing or of another size (contents are checked when they are read).
+        OSError: something there may not be read.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise EngineError(
+            f"{folder} is not an engine folder: it holds no {MANIFEST}. Build one with "
+            "encache-export."
+        )
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: dict[str, Any] = parse_json(_read_file(path))
         if data.pop("digest") != _digest(data):
             raise ValueError("its digest differs")
         graph_format = data["identity"]["graph_format"]
@@ -136,15 +147,10 @@ def read_manifest(folder: Path) -> Manifest:
                 **data,
                 "identity": identity,
                 "features": tuple(Feature(**one) for one in data["features"]),
-                "spec": ImageSpec(**data["spec"]),
+                "spec": ImageSpec(**_tuples(data["spec"])),
                 "files": {name: FileRecord(**one) for name, one in data["files"].items()},
             }
         )
-    except FileNotFoundError:
-        raise EngineError(
-            f"{folder} is not an engine folder: it holds no {MANIFEST}. Build one with "
-            "encache-export."
-        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
     _refuse_changed(folder, manifest)
@@ -157,15 +163,26 @@ def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_changed(folder: Path, manifest: Manifest) -> None:
-    found = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and path != folder / MANIFEST
-    }
-    expected = {name: record.size for name, record in manifest.files.items()}
-    if wrong := sorted(dict(found.items() ^ expected.items())):
-        state = "is not what was built" if wrong[0] in found else "is missing"
-        raise EngineError(f"{folder / wrong[0]} {state}. {REBUILD}")
+    """Other files than those listed are nobody's business: no loader reads them."""
+    for name, record in manifest.files.items():
+        if _check_file(folder / name).st_size != record.size:
+            raise EngineError(f"{folder / name} is not what was built. {REBUILD}")
+
+
+def _check_file(path: Path) -> os.stat_result:
+    """The file's status, unless it is missing, or something that cannot be read to its end."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineError(f"{path} is missing. {REBUILD}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise EngineError(f"{path} is not a file. {REBUILD}")
+    return status
+
+
+def _read_file(path: Path) -> bytes:
+    _check_file(path)
+    return path.read_bytes()
 
 
 def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
@@ -173,11 +190,12 @@ def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
 
     Raises:
         EngineError: the file is missing, truncated or altered.
+        OSError: it may not be read.
     """
     path = folder / name
-    if name not in manifest.files or not path.is_file():
+    if name not in manifest.files:
         raise EngineError(f"{path} is missing. {REBUILD}")
-    content = path.read_bytes()
+    content = _read_file(path)
     if hashlib.sha256(content).hexdigest() != manifest.files[name].sha256:
         raise EngineError(f"{path} is not what was built: its sha256 differs. {REBUILD}")
     return content

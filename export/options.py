@@ -16,6 +16,10 @@ _OPTIONS = (
     ),
     click.option("--base", help="diffusers folder or hub id that completes a .safetensors file."),
     click.option(
+        "--variant",
+        help="Of a folder's weights, such as fp16. Default: the plain ones, or what is there.",
+    ),
+    click.option(
         "--lora",
         "loras",
         multiple=True,
@@ -39,7 +43,7 @@ _OPTIONS = (
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --ckpt, --base, --lora, --vae, --cut and --dtype to a command, in this order."""
+    """Add --ckpt, --base, --variant, --lora, --vae, --cut and --dtype to a command."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function

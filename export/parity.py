@@ -12,7 +12,7 @@ from polygraphy.logger import G_LOGGER
 from encache.export.graphs import Graph, flatten
 
 
-def measure_parity(graph: Graph, path: Path, sample_size: int) -> float:
+def measure_parity(graph: Graph, path: Path, sample_size: tuple[int, int]) -> float:
     """Largest ||graph - eager|| / ||eager|| over the outputs, on fresh random inputs.
 
     The sizes differ from those traced: odd and not square, so that a frozen dimension shows. The
@@ -21,9 +21,10 @@ def measure_parity(graph: Graph, path: Path, sample_size: int) -> float:
     Args:
         graph: in the dtype of its export.
         path: the exported model.onnx, run by ONNX Runtime on the CPU.
-        sample_size: latent size of the model; half of it is tried.
+        sample_size: latent (height, width) of the model; half of it is tried.
     """
-    sizes = {"B": 3, "K": 2, "M": 3, "h": sample_size // 2 + 1, "w": sample_size // 2}
+    height, width = (side // 2 for side in sample_size)
+    sizes = {"B": 3, "K": 2, "M": 3, "h": height + 1, "w": width}
     inputs = graph.draw(torch.Generator().manual_seed(1), sizes)
     with torch.inference_mode():
         eager = _in_fp32(graph.module)(*_widen(inputs))

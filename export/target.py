@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from encache.errors import EngineError
 from encache.export.library import describe_library
-from encache.model.checkpoint import Checkpoint, default_picture_size
+from encache.model.checkpoint import Checkpoint
 from encache.model.features import Cut
+from encache.model.loading import read_outline
 
 #: The smallest and the largest value of a size.
 Span = tuple[int, int]
@@ -81,14 +82,17 @@ def make_target(
         EngineError: the library or the GPU is missing, or they do not go together.
         CheckpointError: a size is missing, and the checkpoint does not say its own.
     """
-    size = 0 if height and width else default_picture_size(checkpoint)
+    if not (height and width):
+        default_height, default_width = read_outline(checkpoint).spec.picture_size
+        height = height or (default_height, default_height)
+        width = width or (default_width, default_width)
     return Target(
         describe_library(backend),
         compute_capabilities or resolve_compute_capabilities(backend, (), ()),
         rows,
         0 if cut == "out" else decode_calls,
-        height or (size, size),
-        width or (size, size),
+        height,
+        width,
     )
 
 

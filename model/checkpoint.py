@@ -1,37 +1,40 @@
-"""From what a user has on disk to a diffusers pipeline; nothing in a checkpoint is executed.
+"""What a user has on disk or on the hub, found and fingerprinted; nothing in it is executed.
 
-Finding and fingerprinting a checkpoint needs no torch, so a finished export is recognised at once.
+Needs no torch, so a finished export is recognised at once. `encache.model.loading` opens it.
 """
 
 import hashlib
-import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from encache.errors import CheckpointError
-from encache.model.features import ImageSpec
-from encache.model.lora import Lora, find_lora, fuse
-from encache.model.vae import check_vae, replace_vae
+from encache.files import parse_json
+from encache.model.lora import Lora, find_lora
+from encache.model.vae import check_vae
 from encache.model.weights import (
+    choose_variant,
     read_header,
     reason_of,
     refuse_pickle,
     refuse_without_safetensors,
+    weight_files,
 )
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_INDEX = "model_index.json"
 #: The parts of a diffusers folder that reach an image; a safety checker does not.
-_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-
+_WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
+_PARTS = ("scheduler", "tokenizer", *_WEIGHTED_PARTS)
+#: Tensors by which some trainers say that a UNet predicts v, on a schedule without final signal.
+MARKS = _V_PREDICTION, _ZERO_SNR = ("v_pred", "ztsnr")
+#: Of a model that does not name its own, as in diffusers.
+GUIDANCE_SCALE = 7.5
 
 #: The name by which a UNet's header refers to the model that ships with encache.
 DEFAULT_MODEL_NAME = "encache/emoji"
@@ -52,6 +55,9 @@ class Checkpoint:
         holds: "pipeline" for a single-file Stable Diffusion, "unet" for UNet weights alone.
         loras: fused into the weights, in this order.
         vae: folder of an autoencoder that replaces the model's own.
+        variant: of the folder's weights, such as "fp16"; parts without it have plain ones.
+        prediction: prediction_type that the weights' header names; None leaves the folder's.
+        zero_snr: whether they were trained on a schedule that ends without signal.
     """
 
     folder: Path | None
@@ -59,6 +65,9 @@ class Checkpoint:
     holds: str = "pipeline"
     loras: tuple[Lora, ...] = ()
     vae: Path | None = None
+    variant: str = ""
+    prediction: str | None = None
+    zero_snr: bool = False
 
     @property
     def name(self) -> str:
@@ -84,15 +93,34 @@ class Checkpoint:
             return DEFAULT_MODEL_NAME
         return _hub_id(self.folder) or str(self.folder.resolve())
 
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """The folder's model_index.json; empty without a folder."""
+        return _read_index(self.folder) if self.folder else {}
+
+    @property
+    def guidance_scale(self) -> float:
+        """The model's own default, which its model_index.json may name.
+
+        diffusers keeps keys with an underscore out of its way.
+        """
+        scale = self.index.get("_guidance_scale", GUIDANCE_SCALE)
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise CheckpointError(f"{self.folder}: _guidance_scale is no number ({scale!r}).")
+        return float(scale)
+
     def files(self) -> Iterator[Path]:
         """Every file of the model that determines an image, in a stable order."""
-        parts = {part: self.folder / part for part in _PARTS} if self.folder else {}
-        if self.vae:
-            parts["vae"] = self.vae
-        for path in parts.values():
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            yield from (file for file in inside if file.suffix in {".json", ".txt"})
-            yield from (file for file in inside if _is_loaded(file))
+        if self.folder:
+            yield self.folder / _INDEX
+            for part in _PARTS:
+                folder = self.vae if part == "vae" and self.vae else self.folder / part
+                # What diffusers reads: not the variants that may lie beside it.
+                for file in sorted(folder.rglob("*")):
+                    if file.suffix in {".json", ".txt"} and not file.name.startswith("."):
+                        yield file
+                if part in _WEIGHTED_PARTS:
+                    yield from weight_files(folder, choose_variant([folder], self.variant))
         if self.weights:
             yield self.weights
 
@@ -122,34 +150,12 @@ def _folder_name(folder: Path) -> str:
     return (_hub_id(folder) or folder.resolve().name).rpartition("/")[-1]
 
 
-def default_picture_size(checkpoint: Checkpoint) -> int:
-    """Side in pixels of the pictures that a checkpoint was trained on, read without loading it.
-
-    Raises:
-        CheckpointError: no folder is known that says so.
-    """
-    if checkpoint.folder is None:
-        raise CheckpointError(
-            f"{checkpoint.weights} does not say its picture size: add --base, or --height and "
-            "--width."
-        )
-    unet, vae = (
-        json.loads((checkpoint.folder / part / "config.json").read_text())
-        for part in ("unet", "vae")
-    )
-    return ImageSpec.of(unet, {"scaling_factor": 1.0, **vae}).picture_size
-
-
-def _is_loaded(file: Path) -> bool:
-    """Whether diffusers reads this weight file: not the variants that may lie beside it."""
-    return file.suffix == ".safetensors" and not {".fp16", ".non_ema"} & set(file.suffixes[:-1])
-
-
 def find_checkpoint(
     ckpt: str | Path | None = None,
     base: str | Path | None = None,
     loras: Sequence[str] = (),
     vae: str | Path | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Find out what `ckpt` is, without loading it.
 
@@ -160,11 +166,13 @@ def find_checkpoint(
             name their base in their header do not need it.
         loras: LoRA files, each as FILE or FILE:SCALE.
         vae: folder or hub id of an autoencoder that replaces the model's own.
+        variant: of a folder's weights, as in diffusers; by default the plain ones, or the variant
+            that is there instead of them.
 
     Raises:
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
     """
-    found = _find_weights(default_model() if ckpt is None else ckpt, base)
+    found = _find_weights(default_model() if ckpt is None else ckpt, base, variant or "")
     return replace(
         found,
         loras=tuple(find_lora(one) for one in loras),
@@ -172,18 +180,21 @@ def find_checkpoint(
     )
 
 
-def _find_weights(ckpt: str | Path, base: str | Path | None) -> Checkpoint:
+def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Checkpoint:
     path = Path(ckpt).expanduser()
     refuse_pickle(path)
     if not path.is_file():
         if base is not None:
             raise CheckpointError(f"{ckpt} is complete in itself; leave out --base {base}.")
-        return Checkpoint(_find_folder(ckpt))
-    if path.suffix != ".safetensors":
+        return _find_folder(ckpt, variant)
+    if path.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
     names, metadata = read_header(path)
+    trained = {"prediction": _prediction(names, metadata), "zero_snr": _ZERO_SNR in names}
     if any(name.startswith("model.diffusion_model.") for name in names):
-        return Checkpoint(_find_folder(base) if base else None, path, "pipeline")
+        _refuse_other_families(path, names)
+        completed = _find_folder(base, variant) if base else Checkpoint(None)
+        return replace(completed, weights=path, **trained)
     if not {"conv_in.weight", "conv_out.weight"} <= names:
         what = "a LoRA" if any("lora" in name for name in names) else "something else"
         raise CheckpointError(
@@ -196,41 +207,88 @@ def _find_weights(ckpt: str | Path, base: str | Path | None) -> Checkpoint:
             f"{path} holds a UNet alone and does not name its base. Add --base with the diffusers "
             "folder or hub id of the model it was trained from."
         )
-    default = base == DEFAULT_MODEL_NAME
-    return Checkpoint(_find_folder(default_model() if default else base), path, "unet")
+    completed = _find_folder(default_model() if base == DEFAULT_MODEL_NAME else base, variant)
+    return replace(completed, weights=path, holds="unet", **trained)
 
 
-def _find_folder(folder: str | Path) -> Path:
+def _prediction(names: Collection[str], metadata: Mapping[str, str]) -> str | None:
+    """What the weights predict, where their file says so: trainers have several ways to."""
+    said = metadata.get("modelspec.prediction_type", "").lower()
+    architecture = metadata.get("modelspec.architecture", "")
+    trained_by_kohya = metadata.get("ss_v_parameterization", "").lower()
+    if (
+        said in ("v", "v_prediction", "v-prediction")
+        or architecture.startswith("stable-diffusion-v2-768-v")
+        or trained_by_kohya == "true"
+        or _V_PREDICTION in names
+    ):
+        return "v_prediction"
+    return "epsilon" if said == "epsilon" or trained_by_kohya == "false" else None
+
+
+def _refuse_other_families(path: Path, names: Collection[str]) -> None:
+    """Raise CheckpointError for single files whose denoiser or text encoder is another kind."""
+    marks = {
+        "conditioner.embedders.": "Stable Diffusion XL",
+        "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+        "model.diffusion_model.double_blocks.": "Flux",
+    }
+    for mark, family in marks.items():
+        if any(name.startswith(mark) for name in names):
+            raise CheckpointError(f"{path} is {family}; {_SUPPORTED}")
+
+
+_SUPPORTED = (
+    "encache runs text-to-image checkpoints of Stable Diffusion 1.x and 2.x "
+    "(StableDiffusionPipeline)."
+)
+
+
+def _find_folder(folder: str | Path, variant: str) -> Checkpoint:
     path = Path(folder).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{path} is not a diffusers folder: it holds no model_index.json."
-            )
-        _refuse_unusable(path)
-        return path
     if not path.exists() and _HUB_ID.fullmatch(str(folder)):
-        return _download(str(folder))
-    raise CheckpointError(f"There is no diffusers folder at {path}. Check the path.")
+        path = _download(str(folder), variant)
+    if not path.is_dir():
+        raise CheckpointError(f"There is no diffusers folder at {path}. Check the path.")
+    if not (path / _INDEX).is_file():
+        raise CheckpointError(f"{path} is not a diffusers folder: it holds no {_INDEX}.")
+    _refuse_unusable(path)
+    chosen = choose_variant([path / part for part in _WEIGHTED_PARTS], variant)
+    if variant and chosen != variant:
+        raise CheckpointError(f"{path} has no weights of the variant {variant}.")
+    return Checkpoint(path, variant=chosen)
+
+
+def _read_index(folder: Path) -> Mapping[str, Any]:
+    path = folder / _INDEX
+    try:
+        index = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}).") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no names).")
+    return index
 
 
 def _refuse_unusable(path: Path) -> None:
-    try:
-        index = json.loads((path / "model_index.json").read_text())
-        pipeline_class = index.get("_class_name")
-        parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
-    except (ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path / 'model_index.json'} is damaged ({error}).") from error
-    if pipeline_class != "StableDiffusionPipeline":
-        raise CheckpointError(
-            f"{path} is a {pipeline_class}; encache runs text-to-image checkpoints of Stable "
-            "Diffusion 1.x and 2.x (StableDiffusionPipeline)."
-        )
-    for part in sorted(parts & {"unet", "vae", "text_encoder"}):
-        refuse_without_safetensors(path / part)
-    for part in sorted(parts & set(_PARTS)):
+    index = _read_index(path)
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise CheckpointError(f"{path} is a {index.get('_class_name')}; {_SUPPORTED}")
+    for part in _PARTS:
+        match index.get(part):
+            case ["diffusers" | "transformers", str()]:
+                pass
+            case [str() as module, str() as name]:
+                raise CheckpointError(
+                    f"The {part} of {path} is a {name} of its own module {module}, and encache "
+                    "runs no code that a checkpoint brings along."
+                )
+            case _:
+                raise CheckpointError(f"{path} is incomplete: its {_INDEX} names no {part}.")
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} is incomplete: it holds no {part} folder.")
+    for part in _WEIGHTED_PARTS:
+        refuse_without_safetensors(path / part)
 
 
 def _find_vae(vae: str | Path) -> Path:
@@ -243,10 +301,13 @@ def _find_vae(vae: str | Path) -> Path:
     return check_vae(_fetch(str(vae), lambda: snapshot_download(str(vae), allow_patterns=kinds)))
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, variant: str) -> Path:
     from diffusers import DiffusionPipeline
 
-    return _fetch(hub_id, lambda: DiffusionPipeline.download(hub_id, use_safetensors=True))
+    return _fetch(
+        hub_id,
+        lambda: DiffusionPipeline.download(hub_id, variant=variant or None, use_safetensors=True),
+    )
 
 
 def _fetch(hub_id: str, download: Callable[[], str]) -> Path:
@@ -256,90 +317,3 @@ def _fetch(hub_id: str, download: Callable[[], str]) -> Path:
         raise CheckpointError(
             f"{hub_id!r} is no local path and could not be fetched from the hub: {reason_of(error)}"
         ) from error
-
-
-def load_pipeline(
-    checkpoint: Checkpoint,
-    dtype: "torch.dtype | None" = None,
-    device: "torch.device | str" = "cpu",
-) -> "StableDiffusionPipeline":
-    """Load the checkpoint as a StableDiffusionPipeline without safety checker.
-
-    Args:
-        checkpoint: from `find_checkpoint`.
-        dtype: of the weights; float32 by default.
-        device: that will run it.
-
-    Raises:
-        CheckpointError: the files are damaged or belong to another architecture.
-    """
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    dtype = dtype or torch.float32
-    options = {
-        "torch_dtype": dtype,
-        "safety_checker": None,
-        "requires_safety_checker": False,
-        "use_safetensors": True,
-    }
-    single_file = checkpoint.weights is not None and checkpoint.holds == "pipeline"
-    folder = str(checkpoint.folder) if checkpoint.folder else None
-    _hide_progress_bars()
-    try:
-        if single_file:
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(checkpoint.weights), config=folder, **options
-            )
-        else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                folder, local_files_only=True, **options
-            )
-    except Exception as error:  # damaged files surface as any exception of four libraries
-        what = checkpoint.weights if single_file else checkpoint.folder
-        incomplete = single_file and not checkpoint.folder
-        hint = " If it is not complete, add --base." if incomplete else ""
-        raise CheckpointError(
-            f"{what} could not be loaded as Stable Diffusion: {reason_of(error)}{hint}"
-        ) from error
-    if checkpoint.weights and not single_file:
-        _lay_over(pipeline.unet, checkpoint)
-    for lora in checkpoint.loras:
-        fuse(pipeline, lora)
-    if checkpoint.vae:
-        replace_vae(pipeline, checkpoint.vae, dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
-        pipeline.to(device)
-    if torch.device(device).type == "cuda":
-        # As its convolutions read them; on a CPU they are a quarter slower that way.
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
-    return pipeline
-
-
-def _hide_progress_bars() -> None:
-    """Loading takes a second; three nested bars per model say nothing."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _lay_over(unet: "torch.nn.Module", checkpoint: Checkpoint) -> None:
-    from safetensors.torch import load_file
-
-    assert checkpoint.weights
-    new, old = load_file(checkpoint.weights), unet.state_dict()
-    wrong = sorted(
-        name
-        for name in new.keys() | old.keys()
-        if name not in new or name not in old or new[name].shape != old[name].shape
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint.weights} is a UNet of another architecture than {checkpoint.folder}: "
-            f"{len(wrong)} tensors differ, the first is {wrong[0]}. Give its own base with --base."
-        )
-    unet.load_state_dict(new)

@@ -34,33 +34,47 @@ class ImageSpec:
 
     Attributes:
         channels: latent channels.
-        sample_size: default latent height and width.
+        sample_size: default latent (height, width).
         downscale: picture pixels per latent pixel and side.
         scaling_factor: latents = encoded picture * scaling_factor.
     """
 
     channels: int
-    sample_size: int
+    sample_size: tuple[int, int]
     downscale: int
     scaling_factor: float
 
     @property
-    def picture_size(self) -> int:
-        """Default picture height and width in pixels."""
-        return self.sample_size * self.downscale
+    def picture_size(self) -> tuple[int, int]:
+        """Default picture (height, width) in pixels."""
+        height, width = self.sample_size
+        return height * self.downscale, width * self.downscale
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent height and width of a picture's, which default to the model's own."""
-        height, width = height or self.picture_size, width or self.picture_size
+        default_height, default_width = self.picture_size
+        height, width = height or default_height, width or default_width
         return height // self.downscale, width // self.downscale
 
     @classmethod
     def of(cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> "ImageSpec":
-        """Read it from the configs of a diffusers UNet and autoencoder."""
+        """Read it from the configs of a diffusers UNet and autoencoder.
+
+        Raises:
+            CheckpointError: the UNet's does not say for which size it was trained.
+        """
+        size = unet_config["sample_size"]
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if len(sides) != 2:
+            raise CheckpointError(
+                "The UNet's config.json does not say its sample_size, the latent size it was "
+                'trained for. Add it there, for example "sample_size": 64.'
+            )
+        levels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
         return cls(
             channels=unet_config["in_channels"],
-            sample_size=unet_config["sample_size"],
-            downscale=2 ** (len(vae_config["block_out_channels"]) - 1),
+            sample_size=sides,
+            downscale=2 ** (len(levels) - 1),
             scaling_factor=vae_config["scaling_factor"],
         )
 

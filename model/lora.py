@@ -1,5 +1,6 @@
 """LoRA files, fused into the weights before anything is exported: engines have no adapters."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,10 @@ from encache.model.weights import read_header, reason_of, refuse_pickle
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+#: Ends the name of one tensor per layer, in the formats of diffusers, peft and kohya.
+_DOWN = re.compile(r"(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight$")
+_INSTALL = 'pip install "encache[lora]".'
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,33 @@ def fuse(pipeline: "StableDiffusionPipeline", lora: Lora) -> None:
     Takes the formats that diffusers takes: its own, peft's and kohya's.
 
     Raises:
-        CheckpointError: peft is missing, or the LoRA was made for another architecture.
+        CheckpointError: peft is missing or too old, or some of the LoRA's layers are not in this
+            model, which would leave them out without a word.
     """
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise CheckpointError('A LoRA needs peft: pip install "encache[lora]".') from error
+        raise CheckpointError(f"A LoRA needs peft: {_INSTALL}") from error
     try:
         pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name)
     except Exception as error:  # two libraries, each with exceptions of its own
-        raise CheckpointError(f"{lora.path} does not fit this model: {reason_of(error)}") from error
-    adapted = list(pipeline.get_list_adapters())
-    if not adapted:
-        raise CheckpointError(f"{lora.path} does not fit this model: none of its layers is there.")
-    pipeline.fuse_lora(adapted, lora_scale=lora.scale)
+        reason = reason_of(error)
+        if "version of PEFT" in reason:
+            raise CheckpointError(f"{reason.rstrip('.')}: {_INSTALL}") from error
+        raise CheckpointError(f"{lora.path} does not fit this model: {reason}") from error
+    names, _ = read_header(lora.path)
+    num_layers = sum(bool(_DOWN.search(name)) for name in names)
+    num_adapted = _count_adapted(pipeline)
+    if num_adapted < max(num_layers, 1):
+        raise CheckpointError(
+            f"{lora.path} does not fit this model: {num_layers - num_adapted} of its {num_layers} "
+            "layers are not in it. It was made for another architecture."
+        )
+    pipeline.fuse_lora(list(pipeline.get_list_adapters()), lora_scale=lora.scale)
     pipeline.unload_lora_weights()
+
+
+def _count_adapted(pipeline: "StableDiffusionPipeline") -> int:
+    """How many layers of UNet and text encoder a LoRA has reached."""
+    modules = (*pipeline.unet.modules(), *pipeline.text_encoder.modules())
+    return sum(bool(getattr(module, "lora_A", None)) for module in modules)

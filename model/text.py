@@ -1,11 +1,25 @@
 """Prompts and captions as a model's text encoder takes them."""
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def with_length(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel") -> "CLIPTokenizer":
+    """The tokenizer, or a copy whose prompts are as long as its text encoder can read.
+
+    Tokenizers saved without a length take any number of tokens (1e30), and some say too many.
+    """
+    length = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length <= length:
+        return tokenizer
+    bounded = copy.deepcopy(tokenizer)
+    bounded.model_max_length = length
+    return bounded
 
 
 def tokenize(tokenizer: "CLIPTokenizer", texts: Sequence[str]) -> "Tensor":

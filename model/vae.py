@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from encache.errors import CheckpointError
 from encache.model.features import ImageSpec
-from encache.model.weights import reason_of, refuse_without_safetensors
+from encache.model.weights import choose_variant, reason_of, refuse_without_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,10 @@ def check_vae(folder: Path) -> Path:
     return folder
 
 
-def replace_vae(pipeline: "StableDiffusionPipeline", folder: Path, dtype: "torch.dtype") -> None:
-    """Load the autoencoder and put it in the place of the pipeline's.
+def replace_vae(
+    pipeline: "StableDiffusionPipeline", folder: Path, dtype: "torch.dtype", variant: str = ""
+) -> None:
+    """Load the autoencoder, of this variant if it has it, in the place of the pipeline's.
 
     Raises:
         CheckpointError: it is damaged, or its latents are of another kind than the UNet's.
@@ -45,7 +47,11 @@ def replace_vae(pipeline: "StableDiffusionPipeline", folder: Path, dtype: "torch
     name = json.loads((folder / _CONFIG).read_text())["_class_name"]
     try:
         vae = getattr(diffusers, name).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=choose_variant([folder], variant) or None,
         )
     except Exception as error:  # damaged files surface as any exception of three libraries
         raise CheckpointError(f"{folder} could not be loaded: {reason_of(error)}") from error

@@ -1,5 +1,8 @@
 """Weight files, of which nothing is ever executed."""
 
+import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,23 +14,66 @@ _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 def refuse_pickle(path: Path) -> None:
     """Raise CheckpointError for the name of a pickle, with the command that converts it."""
-    if path.suffix in _PICKLES:
-        raise CheckpointError(
-            f"{path} is a pickle, and reading a pickle runs whatever code is in it. Convert it in "
-            'a sandbox: python -c "import sys, torch; from safetensors.torch import save_file; '
-            "d = torch.load(sys.argv[1], weights_only=True); d = d.get('state_dict', d); "
-            "save_file({k: v.contiguous() for k, v in d.items() if hasattr(v, 'shape')}, "
-            f'sys.argv[2])" {path} {path.with_suffix(".safetensors")}'
-        )
+    if path.suffix.lower() not in _PICKLES:
+        return
+    # transformers has another name for its weights in each format.
+    target = path.with_name(re.sub(r"^pytorch_model", "model", path.stem) + ".safetensors")
+    command = shlex.join(["python", "-m", "encache.model.unpickle", str(path), str(target)])
+    raise CheckpointError(
+        f"{path} is a pickle, and reading a pickle runs whatever code is in it. Take its tensors "
+        f"out, which runs nothing: {command}"
+    )
+
+
+#: As diffusers and transformers write a model's weights: whole or in shards, plain or a variant.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)"
+    r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<older>\w+))?\.safetensors"
+)
+
+
+def weight_files(folder: Path, variant: str) -> list[Path]:
+    """A model's weights of one variant, "" being the plain ones, in a stable order."""
+    return [path for path in sorted(folder.glob("*")) if _variant_of(path) == variant]
+
+
+def choose_variant(folders: Sequence[Path], wanted: str = "") -> str:
+    """The variant to ask diffusers for, which takes plain weights where a model has no such.
+
+    Args:
+        folders: of the models that are loaded together.
+        wanted: preferred where it is there; otherwise plain weights are, then fp16.
+
+    Raises:
+        CheckpointError: some model has neither plain weights nor the others' variant.
+    """
+    found = [set(map(_variant_of, folder.glob("*"))) - {None} for folder in folders]
+    known = sorted({*filter(None, set().union(*found))}, key=lambda name: (name != "fp16", name))
+    for variant in (wanted, "", *known):
+        if all({variant, ""} & one for one in found) and any(variant in one for one in found):
+            return variant
+    listed = "; ".join(
+        f"{folder.name} has {', '.join(sorted(name or 'plain' for name in one)) or 'none'}"
+        for folder, one in zip(folders, found, strict=True)
+    )
+    raise CheckpointError(f"{folders[0].parent} has no variant of all its weights: {listed}.")
+
+
+def _variant_of(path: Path) -> str | None:
+    match = _WEIGHTS.fullmatch(path.name)
+    return (match["variant"] or match["older"] or "") if match else None
 
 
 def refuse_without_safetensors(folder: Path) -> None:
-    """Raise CheckpointError for a folder of weights that can only be read by unpickling."""
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} holds no .safetensors weights; pickled weights (.bin) are not read because "
-            "loading one can run code. Download the safetensors variant."
-        )
+    """Raise CheckpointError for a model's folder without weights, or with pickled ones alone."""
+    if any(_variant_of(path) is not None for path in folder.glob("*")):
+        return
+    for path in sorted(folder.glob("*")):
+        refuse_pickle(path)
+    raise CheckpointError(
+        f"{folder} holds no weights: they are called diffusion_pytorch_model.safetensors or "
+        "model.safetensors. Download the folder again."
+    )
 
 
 def reason_of(error: Exception) -> str:

@@ -1,12 +1,13 @@
 """From an engine folder to what the sampler needs."""
 
-import json
-from pathlib import Path
+import tempfile
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from encache.errors import EngineError
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import REBUILD, Manifest, read_verified
+from encache.files import parse_json
 from encache.runtime.engines import Engines
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ def load_engines(folder: Path, manifest: Manifest) -> Engines:
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> "CLIPTokenizer":
-    """The tokenizer of a folder, after checking its files."""
+    """The tokenizer of a folder, from its checked files alone."""
     from transformers import CLIPTokenizer
 
-    for name in manifest.files:
-        if name.startswith("tokenizer/"):
-            read_verified(folder, manifest, name)
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    # transformers reads whatever lies in a folder, so it gets one with nothing else in it.
+    with tempfile.TemporaryDirectory() as checked:
+        for name in manifest.files:
+            part, file = PurePosixPath(name).parts[0], PurePosixPath(name).name
+            if part == "tokenizer":
+                Path(checked, file).write_bytes(read_verified(folder, manifest, name))
+        return CLIPTokenizer.from_pretrained(checked, local_files_only=True)
 
 
 def load_scheduler(folder: Path, manifest: Manifest) -> Any:
@@ -57,7 +61,7 @@ def scheduler_from_config(config: bytes) -> Any:
     import diffusers
 
     try:
-        data = json.loads(config)
+        data = parse_json(config)
         scheduler: Any = getattr(diffusers, data["_class_name"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{SCHEDULER_CONFIG} names no diffusers scheduler ({error}).") from error

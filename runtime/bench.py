@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from encache.progress import progress
 from encache.runtime.compare import psnr
 from encache.runtime.contenders import Contender
 from encache.runtime.pipeline import EncachePipeline
@@ -90,10 +90,10 @@ def measure(
             failures[f"{one.backend}, {one.sampling}"] = reason
             del seconds[one]
 
-    for one in tqdm(contenders, desc=f"warm-up, batch {batch}"):
+    for one in progress(contenders, desc=f"warm-up, batch {batch}"):
         with sparing(one):
             peaks[one] = _warm_up(one, *inputs[0])
-    for prompt, noise in tqdm(inputs, desc=f"measure, batch {batch}"):
+    for prompt, noise in progress(inputs, desc=f"measure, batch {batch}"):
         reference = None
         for one, times in list(seconds.items()):
             with sparing(one):

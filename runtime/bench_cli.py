@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from encache.command import Command
+from encache.command import Command, FiniteFloat
 from encache.errors import EncacheError
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.target import make_target
-from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.checkpoint import find_checkpoint
 from encache.model.features import CUTS, Cut, check_size
+from encache.model.loading import load_pipeline
 
 #: Names of emoji, which the model that ships with encache draws, and any other too.
 PROMPTS = (
@@ -56,7 +57,7 @@ PROMPTS = (
 )
 @click.option("--paper", is_flag=True, help="Also Faster Diffusion's key calls.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--guidance-scale", type=FiniteFloat(), help="Default: the model's own.")
 @click.option(
     "--batch",
     "batches",
@@ -84,7 +85,7 @@ def main(
     strides: tuple[int, ...],
     paper: bool,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     batches: tuple[int, ...],
     height: int | None,
     width: int | None,
@@ -107,7 +108,7 @@ def main(
     import torch
 
     from encache.export.graphs import TORCH_DTYPES
-    from encache.files import check_writable, write_json
+    from encache.files import check_new, write_json
     from encache.model.random_weights import find_sd15_shape
     from encache.runtime.bench import Row, format_table, matrix_peak, measure
     from encache.runtime.contenders import Task, assemble
@@ -116,7 +117,7 @@ def main(
     from encache.runtime.plan import paper_key_calls
 
     if json_path:
-        check_writable(json_path.parent)
+        check_new(json_path)
     if sd15_shape:
         checkpoint = find_sd15_shape(engine_dir / "sd15-shape")
     else:
@@ -128,6 +129,8 @@ def main(
     if paper:
         policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}
 
+    if guidance_scale is None:
+        guidance_scale = checkpoint.guidance_scale
     task = Task(PROMPTS, steps, guidance_scale, height, width, policies)
     peak = matrix_peak(device, TORCH_DTYPES[dtype])
     rows: list[Row] = []

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from encache import __version__
-from encache.command import Command, typed_options
-from encache.errors import CheckpointError
+from encache.command import Command, FiniteFloat, Text, echo_path, typed_options
+from encache.errors import CheckpointError, EncacheError
 from encache.export.build import (
     BACKENDS,
     Request,
@@ -18,10 +19,11 @@ from encache.export.build import (
     find_covering_engines,
 )
 from encache.export.library import TENSORRT_BACKENDS
-from encache.export.manifest import MANIFEST, read_manifest
+from encache.export.manifest import MANIFEST, Manifest, read_manifest
 from encache.export.options import engine_options
-from encache.export.target import DECODE_CALLS, Target, make_target, most_rows
-from encache.model.checkpoint import Checkpoint, find_checkpoint
+from encache.export.target import DECODE_CALLS, Span, Target, make_target, most_rows
+from encache.files import read_lines
+from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
 from encache.model.features import Cut, check_size
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.schedulers import SCHEDULERS
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
     from encache.runtime.plan import Plan
     from encache.runtime.solver import Scheduler
 
-GUIDANCE_SCALE = 7.5
-#: With it pictures are clear; more only hardens their colours.
-DEFAULT_MODEL_GUIDANCE_SCALE = 3.0
+#: What a user takes for a file's name; only the first can hold our metadata.
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+#: Pictures at once, unless asked otherwise: memory grows with it, and speed hardly.
+BATCH_SIZE = 4
 
 
 def _parse_key_calls(
@@ -52,19 +55,18 @@ def _parse_key_calls(
 
 
 @click.command(cls=Command)
-@click.option("--prompt", "prompts", multiple=True, help="What to draw; repeatable.")
+@click.option("--prompt", "prompts", type=Text(), multiple=True, help="What to draw; repeatable.")
 @click.option(
     "--prompts-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="One prompt per line.",
 )
-@click.option("--negative-prompt", default="", help="What to avoid.")
+@click.option("--negative-prompt", type=Text(), default="", help="What to avoid.")
 @click.option(
     "--stride",
     type=click.IntRange(1),
-    default=DEFAULT_STRIDE,
-    show_default=True,
-    help="The encoder runs at every stride-th call; 1 runs it at all.",
+    help="The encoder runs at every stride-th call; 1 runs it at all. "
+    f"Default: {DEFAULT_STRIDE}, or the number of calls if that is less.",
 )
 @click.option(
     "--key-calls",
@@ -84,15 +86,21 @@ def _parse_key_calls(
 @click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
 @click.option(
     "--guidance-scale",
-    type=float,
-    help=f"1 or less turns it off. Default: {GUIDANCE_SCALE}, and {DEFAULT_MODEL_GUIDANCE_SCALE} "
-    "for the model that ships with encache.",
+    type=FiniteFloat(),
+    help=f"1 or less turns it off. Default: the model's own, or {GUIDANCE_SCALE}.",
 )
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first image."
 )
 @click.option(
     "--num-images", type=click.IntRange(1), default=1, show_default=True, help="Per prompt."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=BATCH_SIZE,
+    show_default=True,
+    help="Most pictures of a prompt at once; each batch is saved before the next.",
 )
 @click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
 @click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
@@ -134,7 +142,7 @@ def main(
     prompts: tuple[str, ...],
     prompts_file: Path | None,
     negative_prompt: str,
-    stride: int,
+    stride: int | None,
     key_calls: tuple[int, ...] | Literal["paper"] | None,
     blend: Blend,
     prior_noise: bool,
@@ -143,11 +151,13 @@ def main(
     guidance_scale: float | None,
     seed: int,
     num_images: int,
+    batch_size: int,
     height: int | None,
     width: int | None,
     max_decode_batch: int | None,
     ckpt: str | None,
     base: str | None,
+    variant: str | None,
     loras: tuple[str, ...],
     vae: str | None,
     cut: Cut,
@@ -162,7 +172,9 @@ def main(
 ) -> None:
     """Draw prompts with Stable Diffusion, running the UNet's encoder only at key calls.
 
-    Prints the pictures' paths. Missing engines are built first.
+    Prints the pictures' paths. Missing engines are built first. Nothing is overwritten: a picture
+    that another one's name would hide gets a number, and a repeated command draws only what is
+    missing.
 
     Example: encache-run --prompt "red apple" --stride 10
     """
@@ -172,56 +184,67 @@ def main(
     one_folder = (engine_dir / MANIFEST).is_file()
     _refuse_what_would_be_ignored(engine_dir if one_folder else None, comparing)
 
-    from encache.files import check_writable
+    from encache.files import check_new
+    from encache.runtime.pipeline import refuse_beyond
     from encache.runtime.plan import make_plan
-    from encache.runtime.schedulers import make_scheduler
+    from encache.runtime.schedulers import full_config, make_scheduler
 
     # Everything that can be wrong is checked before engines are built, which may take minutes.
     check_size(*(side for side in (height, width) if side))
     dtype = dtype or default_dtype(backend)
     seeds = range(seed, seed + (repeats if comparing else num_images))
-    source = None if one_folder else find_checkpoint(ckpt, base, loras, vae)
+    source = None if one_folder else find_checkpoint(ckpt, base, loras, vae, variant)
+    manifest = read_manifest(engine_dir) if one_folder else None
     pipeline = None
-    folder = source.folder if source else engine_dir
-    if folder is None:  # a single-file checkpoint without its folder says nothing until loaded
+    if source and source.folder is None:  # a single file alone says nothing until it is loaded
         if backend in TENSORRT_BACKENDS:
             raise CheckpointError(f"{ckpt} alone does not say what to compile: add --base.")
         pipeline = _open(source, cut, dtype, backend, None, engine_dir)
         solver = pipeline.scheduler
     else:
-        solver = _read_scheduler(folder)
+        solver = _read_scheduler(source, engine_dir, manifest)
     if scheduler:
         solver = make_scheduler(scheduler, solver)
-    if guidance_scale is None:
-        shipped = ckpt is None and not one_folder
-        guidance_scale = DEFAULT_MODEL_GUIDANCE_SCALE if shipped else GUIDANCE_SCALE
-    rows_per_call = (1 if comparing else num_images) * (2 if guidance_scale > 1 else 1)
-    decode_calls = _most_calls(engine_dir if one_folder else None, backend, cut)
+    model = manifest or source
+    assert model
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    rows_per_picture = 2 if guidance_scale > 1 else 1
+    target = manifest.identity.target if manifest else None
+    if target and not comparing:
+        batch_size = min(batch_size, max(1, target.rows[1] // rows_per_picture))
+    batches = _split(seeds, 1 if comparing else batch_size)
+    if target:
+        for size in {len(batch) for batch in batches}:
+            refuse_beyond(target, rows=size * rows_per_picture, height=height, width=width)
+    rows_per_call = len(batches[0]) * rows_per_picture
     policy: dict[str, Any] = {
         "stride": stride,
         "key_calls": _resolve_key_calls(key_calls, solver, steps),
         "blend": blend,
         "prior_noise": prior_noise,
-        "max_decode_batch": most_rows(decode_calls, rows_per_call, max_decode_batch),
+        "max_decode_batch": most_rows(
+            _most_calls(target, backend, cut), rows_per_call, max_decode_batch
+        ),
     }
     plan = make_plan(solver, steps, **policy, rows_per_call=rows_per_call)
     if dry_run:
         click.echo(plan.to_json())
         return
     if json_path:
-        check_writable(json_path.parent)
-    paths = [] if comparing else _picture_paths(output, wanted, seeds)
-    target = None
+        check_new(json_path)
+    paths = {} if comparing else _picture_paths(output, wanted, seeds)
     if source and backend in TENSORRT_BACKENDS:
-        target = _exact_target(source, backend, cut, plan, rows_per_call, height, width)
+        rows = (len(batches[-1]) * rows_per_picture, rows_per_call)
+        target = _exact_target(source, backend, cut, plan, rows, height, width)
     pipeline = pipeline or _open(source, cut, dtype, backend, target, engine_dir)
     pipeline.scheduler = solver
+    default_height, default_width = pipeline.spec.picture_size
     call = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
-        "height": height or pipeline.spec.picture_size,
-        "width": width or pipeline.spec.picture_size,
+        "height": height or default_height,
+        "width": width or default_width,
     }
     if source and comparing:
         _compare(pipeline, source, cut, wanted, seeds, call, policy, json_path)
@@ -229,29 +252,32 @@ def main(
     settings = {
         **call,
         **policy,
-        "scheduler": {**solver.config, "_class_name": type(solver).__name__},
+        "scheduler": full_config(solver),
         "plan": plan.hash(),
-        "model": source.name if source else engine_dir.name,
+        "model": model.name,
         "fingerprint": source.fingerprint if source else pipeline.engines.identity["model"],
         "engines": pipeline.engines.identity,
         "encache": __version__,
     }
-    _draw(pipeline, wanted, seeds, {**call, **policy}, settings, paths)
+    if output in paths.values():
+        facts = {"prompt": wanted[0], "seed": seed, **settings}
+        _refuse_taken(output, facts)
+    _draw(pipeline, wanted, batches, {**call, **policy}, settings, paths)
 
 
 def _read_prompts(path: Path | None) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8") if path else ""
-    except UnicodeDecodeError as error:
-        raise click.BadParameter(f"{path} is not UTF-8 text ({error.reason}).") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(path) if line.strip()] if path else []
+
+
+def _split(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
 def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -> None:
     """Options that another one makes meaningless are refused, never ignored."""
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
     decided = (
-        {"ckpt", "base", "loras", "vae", "cut", "dtype", "backend", "comparing"}
+        {"ckpt", "base", "variant", "loras", "vae", "cut", "dtype", "backend", "comparing"}
         if engine_folder
         else set()
     )
@@ -260,39 +286,55 @@ def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -
             f"{engine_folder} is one engine folder, so {option} cannot be honoured: leave it out, "
             "or give --engine-dir the folder's parent."
         )
-    idle = {"num_images", "output"} if comparing else {"json_path", "repeats"}
+    idle = {"num_images", "batch_size", "output"} if comparing else {"json_path", "repeats"}
     for option in typed_options(idle):
         raise click.UsageError(
             f"{option} means nothing {'with' if comparing else 'without'} --compare."
         )
 
 
-def _picture_paths(output: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
-    """Where the pictures go, one per prompt and image; refuses before any work is done."""
+def _picture_paths(
+    output: Path, prompts: Sequence[str], seeds: Sequence[int]
+) -> dict[tuple[int, int], Path]:
+    """Where the picture of each prompt (by its place) and seed goes; refuses before any work."""
     from encache.files import check_writable
     from encache.runtime.images import file_name
 
-    count = len(prompts) * len(seeds)
-    if output.suffix.lower() == ".png":
-        if count > 1:
-            raise click.UsageError(
-                f"--output {output} is one file, but {count} pictures are asked for."
-            )
-        check_writable(output.parent)
-        return [output]
-    check_writable(output)
-    return [
-        output / file_name(index, prompt, seed)
-        for index, prompt in enumerate(prompts)
-        for seed in seeds
-    ]
+    suffix = output.suffix.lower()
+    places = list(product(range(len(prompts)), seeds))
+    if output.is_dir() or suffix not in _PICTURE_SUFFIXES:
+        check_writable(output)
+        return {
+            (index, seed): output / file_name(index, prompts[index], seed) for index, seed in places
+        }
+    if suffix != ".png":
+        raise click.UsageError(
+            f"--output {output}: pictures are PNG files, with their settings inside. Name a .png "
+            "file or a folder."
+        )
+    if len(places) > 1:
+        raise click.UsageError(
+            f"--output {output} is one file, but {len(places)} pictures are asked for."
+        )
+    check_writable(output.parent)
+    return {places[0]: output}
 
 
-def _most_calls(engine_folder: Path | None, backend: str, cut: Cut) -> int:
+def _refuse_taken(output: Path, facts: dict[str, Any]) -> None:
+    """A file that the user names gets no other name, unlike the pictures in a folder."""
+    from encache.runtime.images import find_png
+
+    if output.exists() and find_png(output, facts) != output:
+        raise EncacheError(
+            f"{output} exists already, holds something else and is not overwritten: choose another "
+            "name, or delete it."
+        )
+
+
+def _most_calls(target: Target | None, backend: str, cut: Cut) -> int:
     """Most calls in a run of the decoder that is there or would be compiled; 0 if any number."""
-    if engine_folder:
-        target = read_manifest(engine_folder).identity.target
-        return target.decode_calls if target else 0
+    if target:
+        return target.decode_calls
     return DECODE_CALLS if backend in TENSORRT_BACKENDS and cut != "out" else 0
 
 
@@ -301,7 +343,7 @@ def _exact_target(
     backend: str,
     cut: Cut,
     plan: "Plan",
-    rows: int,
+    rows: Span,
     height: int | None,
     width: int | None,
 ) -> Target:
@@ -310,7 +352,7 @@ def _exact_target(
         source,
         backend,
         cut,
-        rows=(rows, rows),
+        rows=rows,
         decode_calls=plan.longest_decode,
         height=(height, height) if height else None,
         width=(width, width) if width else None,
@@ -341,10 +383,16 @@ def _open(
     return EncachePipeline.from_engines(folder)
 
 
-def _read_scheduler(folder: Path) -> "Scheduler":
-    from encache.runtime.backends import SCHEDULER_CONFIG, scheduler_from_config
+def _read_scheduler(
+    source: Checkpoint | None, engine_dir: Path, manifest: Manifest | None
+) -> "Scheduler":
+    from encache.model.loading import read_outline
+    from encache.runtime.backends import load_scheduler
 
-    return scheduler_from_config((folder / SCHEDULER_CONFIG).read_bytes())
+    if source:
+        return read_outline(source).scheduler
+    assert manifest
+    return load_scheduler(engine_dir, manifest)
 
 
 def _resolve_key_calls(
@@ -359,26 +407,31 @@ def _resolve_key_calls(
 def _draw(
     pipeline: "EncachePipeline",
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    batches: Sequence[Sequence[int]],
     arguments: dict[str, Any],
     settings: dict[str, Any],
-    paths: Sequence[Path],
+    paths: dict[tuple[int, int], Path],
 ) -> None:
+    """Draw and save batch by batch, so that a run that is stopped keeps what it has."""
     import torch
 
-    from encache.runtime.images import save_png
+    from encache.runtime.images import find_png, save_png
 
-    remaining = iter(paths)
-    for prompt in prompts:
-        pipeline.set_progress_bar_config(desc=prompt[:40])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = pipeline(
-            prompt, num_images_per_prompt=len(seeds), generator=generators, **arguments
-        ).images
-        for image, seed in zip(images, seeds, strict=True):
-            path = next(remaining)
-            save_png(image, path, {"prompt": prompt, "seed": seed, **settings})
-            click.echo(path)
+    for (index, prompt), seeds in product(enumerate(prompts), batches):
+        facts = {seed: {"prompt": prompt, "seed": seed, **settings} for seed in seeds}
+        drawn = {seed: find_png(paths[index, seed], facts[seed]) for seed in seeds}
+        if None in drawn.values():  # the whole batch again, for which engines may be compiled
+            pipeline.set_progress_bar_config(desc=prompt[:40])
+            images = pipeline(
+                prompt,
+                num_images_per_prompt=len(seeds),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **arguments,
+            ).images
+            for seed, image in zip(seeds, images, strict=True):
+                drawn[seed] = drawn[seed] or save_png(image, paths[index, seed], facts[seed])
+        for path in filter(None, drawn.values()):
+            echo_path(path)
 
 
 def _compare(
@@ -393,7 +446,7 @@ def _compare(
 ) -> None:
     from encache.files import write_json
     from encache.model.arithmetic import count_arithmetic
-    from encache.model.checkpoint import load_pipeline
+    from encache.model.loading import load_pipeline
     from encache.runtime import compare
     from encache.runtime.engines import TorchEngines
     from encache.runtime.machine import describe_machine

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from encache.model.arithmetic import Arithmetic
+from encache.progress import progress
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.solver import count_calls
@@ -95,7 +95,7 @@ def compare(
     for _, _, sampler in ways:
         for _ in range(warm_ups):
             sampler(prompts[0], torch.zeros(shape).to(plain.unet.device, plain.unet.dtype))
-    for prompt, seed in tqdm(jobs, desc="compare"):
+    for prompt, seed in progress(jobs, desc="compare"):
         # One noise for all, drawn once: generators give other numbers in other precisions.
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(plain.unet.device, plain.unet.dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from encache.errors import EncacheError
 from encache.export.graphs import TORCH_DTYPES
 from encache.export.manifest import Manifest
 from encache.export.target import Target
@@ -52,8 +53,12 @@ class Engines(Protocol):
     ) -> Tensor:
         """Noise [K * B, 4, h, w] of K calls from the ring, weights [K, M], timesteps [K]."""
 
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Text embeddings [B, L, D] of token ids [B, L]."""
+    def encode_text(self, token_ids: Tensor, clip_skip: int = 0) -> Tensor:
+        """Text embeddings [B, L, D] of token ids [B, L], without the last `clip_skip` layers.
+
+        Raises:
+            EncacheError: the engines hold all layers, and some are to be left out.
+        """
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of latents already divided by the scaling factor."""
@@ -133,7 +138,12 @@ class GraphEngines:
         self._graphs["unet_decoder"].run({**self._by_name(ring), **inputs}, {"noise": noise})
         return noise
 
-    def encode_text(self, token_ids: Tensor) -> Tensor:
+    def encode_text(self, token_ids: Tensor, clip_skip: int = 0) -> Tensor:
+        if clip_skip:
+            raise EncacheError(
+                "clip_skip needs PyTorch: the text encoder's engine ends with its last layer. Use "
+                'backend="torch", or encode the prompt elsewhere and pass prompt_embeds.'
+            )
         graph = self._graphs["text_encoder"]
         text = self._empty(*token_ids.shape, graph.width_of("text"))
         graph.run({"token_ids": token_ids.to(self.device)}, {"text": text})
@@ -200,8 +210,17 @@ class TorchEngines:
         return self._split.decoder(ring, weights, timesteps, text)
 
     @torch.inference_mode()
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        return self.pipeline.text_encoder(token_ids.to(self.device)).last_hidden_state
+    def encode_text(self, token_ids: Tensor, clip_skip: int = 0) -> Tensor:
+        text_encoder = self.pipeline.text_encoder
+        encoded = text_encoder(token_ids.to(self.device), output_hidden_states=bool(clip_skip))
+        if not clip_skip:
+            return encoded.last_hidden_state
+        if not 0 < clip_skip < len(encoded.hidden_states):
+            most = len(encoded.hidden_states) - 1
+            raise EncacheError(f"clip_skip leaves out 1 to {most} layers, not {clip_skip}.")
+        # Once inside a text_model, as diffusers still expects it.
+        inner = getattr(text_encoder, "text_model", text_encoder)
+        return inner.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
 
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:

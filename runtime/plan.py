@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from encache.errors import PlanError
-from encache.runtime.blend import BLENDS, DEFAULT_BLEND, NUM_SLOTS, Blend, blend_weights
+from encache.runtime.blend import (
+    BLENDS,
+    DEFAULT_BLEND,
+    DEFAULT_STRIDE,
+    NUM_SLOTS,
+    Blend,
+    blend_weights,
+)
+from encache.runtime.schedulers import full_config
 from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
@@ -142,7 +150,7 @@ def make_plan(
     scheduler: Scheduler,
     num_steps: int,
     *,
-    stride: int = 1,
+    stride: int | None = 1,
     key_calls: Sequence[int] | None = None,
     blend: Blend = DEFAULT_BLEND,
     prior_noise: bool = False,
@@ -154,7 +162,8 @@ def make_plan(
     Args:
         scheduler: a deterministic diffusers scheduler; it is read, never changed.
         num_steps: num_inference_steps.
-        stride: distance of uniform key calls; 1 samples without a cache.
+        stride: distance of uniform key calls; 1 samples without a cache, None is the default
+            distance, or all calls if there are fewer.
         key_calls: explicit key calls instead of a stride.
         blend: see `encache.runtime.blend`.
         prior_noise: inject z as Faster Diffusion does.
@@ -166,7 +175,7 @@ def make_plan(
     """
     if blend not in BLENDS:
         raise PlanError(f"There is no blend {blend!r}. Choose one of {', '.join(BLENDS)}.")
-    config = json.dumps(dict(scheduler.config), default=_plain)
+    config = json.dumps(full_config(scheduler))
     keys = None if key_calls is None else tuple(key_calls)
     max_decode_calls = _calls_within(max_decode_batch, rows_per_call)
     return _make_plan(
@@ -190,7 +199,7 @@ def _make_plan(
     scheduler_class: Any,
     config: str,
     num_steps: int,
-    stride: int,
+    stride: int | None,
     key_calls: tuple[int, ...] | None,
     blend: Blend,
     prior_noise: bool,
@@ -199,6 +208,7 @@ def _make_plan(
     scheduler = scheduler_class.from_config(json.loads(config))
     table = probe_solver(scheduler, num_steps, PRIOR_NOISE if prior_noise else 0.0)
     if key_calls is None:
+        stride = min(DEFAULT_STRIDE, table.num_calls) if stride is None else stride
         key_calls = uniform_key_calls(stride, table.num_calls)
     keys = check_key_calls(key_calls, table.num_calls)
     look_ahead = blend.startswith("interpolate")
@@ -302,11 +312,6 @@ def _split_decodes(
             part = slice(start - step.start, stop - step.start)
             pieces.append(Decode(start, stop, step.timesteps[part], step.weights[part]))
     return pieces
-
-
-def _plain(value: Any) -> Any:
-    """JSON for the arrays that some schedulers keep in their config."""
-    return value.tolist()
 
 
 def _rows(table: Any) -> tuple[Row, ...]:

@@ -1,8 +1,9 @@
 """The sampling loop: execute a plan over an engine pair."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -63,8 +64,13 @@ class Sampling:
         Returns:
             Latents [n, 4, h, w], float32.
         """
-        with _one_thread() if self._engines.has_own_threads else nullcontext():
+        with _one_thread if self._engines.has_own_threads else nullcontext():
             return self._run(noise, text, on_decoded)
+
+    def first_broken_call(self) -> int | None:
+        """The first call of the last run whose noise prediction is not finite, if there is one."""
+        broken = (~self._history[1:].isfinite()).flatten(1).any(1).nonzero()
+        return int(broken[0]) if len(broken) else None
 
     def _run(self, noise: Tensor, text: Tensor, on_decoded: OnDecoded | None) -> Tensor:
         # What is not filled yet is multiplied by zero, and 0 * NaN is NaN.
@@ -113,15 +119,30 @@ class Sampling:
         return torch.tensor(numbers, dtype=torch.float32, device=self._engines.device)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
+class _OneThread:
     """Let PyTorch compute alone, and start no threads that then spin in the way of a library's.
 
     Its small products here gain nothing by them, and engines took a quarter longer on two cores.
+    The number is the whole process's: of several runs at once, the last one to end restores it.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._threads = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._threads = torch.get_num_threads()
+            self._running += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                torch.set_num_threads(self._threads)
+
+
+_one_thread = _OneThread()

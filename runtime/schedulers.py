@@ -18,6 +18,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def full_config(scheduler: Any) -> dict[str, Any]:
+    """Every number that decides what a scheduler does, as JSON can hold it.
+
+    diffusers also notes which of them its config file had left out, in no order: from_config would
+    leave them out again.
+    """
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    return {
+        name: value.tolist() if hasattr(value, "tolist") else value
+        for name, value in sorted(config.items())
+        if name != "_use_default_values"
+    }
+
+
 def make_scheduler(name: str, model_scheduler: Any) -> Any:
     """The named solver on the noise schedule of the model's own scheduler.
 

@@ -66,7 +66,14 @@ def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0)
     basis = torch.eye(count_calls(scheduler, num_steps) + 1)
     # A stochastic scheduler is found out below; it must not disturb the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
-        inputs, samples = _step_through(scheduler, num_steps, prior_noise, basis)
+        try:
+            inputs, samples = _step_through(scheduler, num_steps, prior_noise, basis)
+        except (ArithmeticError, LookupError, ValueError) as error:
+            # The last steps of some solvers lie outside the schedule that they are made for.
+            raise PlanError(
+                f"{type(scheduler).__name__} cannot make {num_steps} steps on a schedule of "
+                f"{scheduler.config.num_train_timesteps} timesteps ({error}). Try fewer."
+            ) from error
         table = SolverTable(_prepare(scheduler, num_steps).timesteps.float(), inputs, samples)
         _verify_linear(scheduler, num_steps, prior_noise, table)
     return table

@@ -1,6 +1,7 @@
 """Files that are complete or not there at all, and text as any editor writes it."""
 
 import codecs
+import errno
 import json
 import os
 import re
@@ -20,22 +21,79 @@ def check_writable(folder: Path) -> None:
         pass
 
 
+def check_new(path: Path) -> None:
+    """Raise EncacheError if the file exists, OSError if it could not be written."""
+    if path.exists() or path.is_symlink():
+        raise EncacheError(
+            f"{path} exists already and is not overwritten: choose another name, or delete it."
+        )
+    check_writable(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that does not say where it happened, as a full disk's, say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary file in the same folder, gone at the end unless it was renamed."""
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}")
+    try:
+        with naming(path):
+            yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to, and rename it there if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _beside(path) as temporary:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write the file at once: complete, or not at all, and never over another.
+
+    Raises:
+        FileExistsError: there is a file of this name, perhaps since a moment ago.
+    """
+    with _beside(path) as temporary:
+        temporary.write_bytes(content)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            os.replace(temporary, path)  # a file system without hard links
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write the file beside its place and rename it there."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def parse_json(content: bytes) -> Any:
+    """What the JSON says.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that nobody wrote it.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: Path, content: Any) -> None:

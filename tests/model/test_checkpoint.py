@@ -1,14 +1,18 @@
 """Every kind of checkpoint loads to the same weights; everything else is refused in a sentence."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from encache.errors import CheckpointError
-from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import load_pipeline
+from encache.model.unpickle import main as unpickle
 from tests.conftest import make_pipeline, tiny_unet
 from tests.model.single_file import original_state_dict
 
@@ -66,20 +70,33 @@ def test_fingerprint_follows_content_not_place(model_folder, tmp_path):
     assert find_checkpoint(copy).fingerprint != original
 
 
-@pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "bin"])
+@pytest.mark.parametrize("suffix", ["ckpt", "CKPT", "pt", "Pth", "bin"])
 def test_pickles_are_refused_unread(tmp_path, suffix):
-    path = tmp_path / f"model.{suffix}"
+    path = tmp_path / f"my model.{suffix}"
     path.write_bytes(b"not even a pickle")
-    with pytest.raises(CheckpointError, match="pickle.*weights_only=True"):
+    with pytest.raises(CheckpointError, match=r"pickle.*encache.model.unpickle .*safetensors'"):
         find_checkpoint(path)
 
 
-def test_pickled_weights_in_a_folder_are_refused(model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "pickled"),
+    [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")],
+)
+def test_a_folder_of_pickles_loads_after_the_command_it_is_refused_with(
+    model_folder, tmp_path, part, pickled
+):
     copy = shutil.copytree(model_folder, tmp_path / "copy")
-    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(CheckpointError, match="no .safetensors weights"):
+    (weights,) = (copy / part).glob("*.safetensors")
+    torch.save(load_file(weights), copy / part / pickled)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="is a pickle") as refusal:
         find_checkpoint(copy)
+    command = str(refusal.value).partition("runs nothing: ")[2]
+    arguments = shlex.split(command)
+    assert arguments[:3] == ["python", "-m", "encache.model.unpickle"]
+    result = CliRunner().invoke(unpickle, arguments[3:])
+    assert result.exit_code == 0, result.output
+    assert_same_weights(load_pipeline(find_checkpoint(copy)), make_pipeline())
 
 
 def test_missing_path():

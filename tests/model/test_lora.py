@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from encache.errors import CheckpointError
-from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import load_pipeline
 from encache.model.lora import Lora, find_lora, fuse
 from encache.runtime.cli import main
 from tests.conftest import TEXT_WIDTH, make_pipeline

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from diffusers import AutoencoderTiny
 
 from encache.errors import CheckpointError
-from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import load_pipeline
 from encache.runtime.cli import main
 from encache.runtime.pipeline import EncachePipeline
 from tests.conftest import make_pipeline
@@ -86,7 +87,7 @@ def test_mistakes(model_folder, vae_folder, tmp_path):
         (tmp_path / "none", "config.json cannot be read"),
         (write_config(tmp_path / "video", _class_name="AutoencoderKLWan"), "is a AutoencoderKLWan"),
         (write_config(tmp_path / "list", other=1), "config.json cannot be read"),
-        (pickled, "pickled weights"),
+        (pickled, "is a pickle.*encache.model.unpickle"),
         (cut, "could not be loaded"),
         (tmp_path / "deep", "4 latent channels at 1/4 of the picture's size, this model 4 at 1/2"),
     ]:

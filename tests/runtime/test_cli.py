@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import diffusers
 import pytest
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from encache import files
 from encache.runtime.cli import main
@@ -71,6 +74,197 @@ def test_the_metadata_repeats_the_picture(run, tmp_path, engine_folder):
     generator = [torch.Generator().manual_seed(data["seed"])]
     again = pipeline(data["prompt"], generator=generator, **call, **policy).images[0]
     assert again.tobytes() == Image.open(path).tobytes()
+
+
+def test_nothing_is_overwritten(run, tmp_path):
+    """Comparing settings at one seed is what this program is for."""
+    settings = [("--stride", 2), ("--stride", 5), ("--scheduler", "euler"), ("--prompt", "x")]
+    paths = []
+    for one in settings:
+        result = run("--prompt", "red apple", *one)
+        assert result.exit_code == 0, result.output
+        paths += result.stdout.splitlines()
+    assert paths[:3] == [f"outputs/000-red-apple-s0{end}.png" for end in ("", "-2", "-3")]
+    assert len(set(paths)) == len(paths) == len(list((tmp_path / "outputs").iterdir()))
+    assert len({Image.open(tmp_path / path).tobytes() for path in paths[:3]}) == 3
+
+
+@pytest.mark.parametrize("prompts", [["", "..", "   ", "--prompt"], ["Ä", "ä", "a/b", "a b"]])
+def test_prompts_that_look_alike_as_names(run, tmp_path, prompts):
+    for prompt in prompts:
+        assert run("--prompt", prompt).exit_code == 0
+    found = sorted(read_metadata(path)["prompt"] for path in (tmp_path / "outputs").iterdir())
+    assert found == sorted(prompts)
+
+
+def test_a_repeated_command_draws_only_what_is_missing(run, tmp_path, monkeypatch):
+    command = ("--prompt", "hot dog", "--num-images", 5, "--batch-size", 2)
+    first = run(*command).stdout
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").iterdir()}
+    lost = tmp_path / "outputs" / "000-hot-dog-s3.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    drawn = []
+    call = EncachePipeline.__call__
+    monkeypatch.setattr(
+        EncachePipeline,
+        "__call__",
+        lambda self, *a, **k: drawn.append(k["num_images_per_prompt"]) or call(self, *a, **k),
+    )
+    assert run(*command).stdout == first
+    assert drawn == [2]  # the batch that had lost one
+    assert lost.read_bytes() == content
+    del kept[lost]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_foreign_file_in_the_way(run, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    foreign = tmp_path / "outputs" / "000-red-apple-s0.png"
+    foreign.write_bytes(b"mine")
+    assert run("--prompt", "red apple").stdout == "outputs/000-red-apple-s0-2.png\n"
+    assert foreign.read_bytes() == b"mine"
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    result = run("--prompt", "red apple", "--output", "mine.png")
+    assert_one_sentence(result, 1, "mine.png", "not overwritten")
+    assert (tmp_path / "mine.png").read_bytes() == b"mine"
+    (tmp_path / "report.json").write_text("mine")
+    result = run("--prompt", "x", "--compare", "--json", "report.json")
+    assert_one_sentence(result, 1, "report.json", "not overwritten")
+
+
+def test_the_same_file_again(run, tmp_path):
+    for _ in range(2):
+        assert run("--prompt", "red apple", "--output", "a.png").stdout == "a.png\n"
+    assert_one_sentence(run("--prompt", "pear", "--output", "a.png"), 1, "a.png")
+    assert read_metadata(tmp_path / "a.png")["prompt"] == "red apple"
+
+
+def test_two_runs_at_once(model_folder, engine_folder, tmp_path):
+    command = [sys.executable, "-m", "encache.runtime.cli", "--ckpt", model_folder, "--steps", "2"]
+    command += ["--engine-dir", engine_folder.parent, "--prompt", "x", "--output", tmp_path]
+    runs = [
+        subprocess.Popen([*command, "--stride", str(stride)], stdout=subprocess.PIPE, text=True)
+        for stride in (1, 2)
+    ]
+    paths = [one.communicate()[0].strip() for one in runs]
+    assert len(set(paths)) == 2
+    assert {read_metadata(path)["stride"] for path in paths} == {1, 2}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_run_keeps_what_it_has(model_folder, engine_folder, tmp_path):
+    command = [sys.executable, "-m", "encache.runtime.cli", "--ckpt", model_folder, "--steps", "20"]
+    command += ["--engine-dir", engine_folder.parent, "--prompt", "x", "--output", tmp_path]
+    command += ["--num-images", "300", "--batch-size", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline().strip()
+        process.kill()
+    assert read_metadata(first)["seed"] == 0
+    whole = [path for path in tmp_path.iterdir() if path.suffix == ".png"]
+    assert len(whole) in range(3, 300)
+    for path in whole:
+        Image.open(path).load()
+
+
+def test_an_output_folder_may_have_any_name(run, tmp_path):
+    (tmp_path / "pictures.png").mkdir()
+    result = run("--prompt", "x", "--output", "pictures.png")
+    assert result.stdout == "pictures.png/000-x-s0.png\n"
+
+
+@pytest.mark.parametrize("name", ["out.jpg", "out.JPEG", "out.webp", "out.tiff"])
+def test_other_kinds_of_pictures(run, tmp_path, name):
+    assert_one_sentence(run("--prompt", "x", "--output", name), 2, name, "PNG")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_simply_drawn(run, steps):
+    plan = json.loads(run("--dry-run", "--steps", steps).stdout)
+    assert plan["key_calls"] == [0]
+    assert run("--prompt", "x", "--steps", steps).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--guidance-scale"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_options_that_are_no_numbers(run, option, value):
+    assert_one_sentence(run("--prompt", "x", option, value), 2, option, "finite")
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative-prompt"])
+def test_a_prompt_of_other_bytes(model_folder, engine_folder, tmp_path, option):
+    command = [sys.executable, "-m", "encache.runtime.cli", "--ckpt", model_folder]
+    command += ["--engine-dir", engine_folder.parent, "--output", tmp_path, "--prompt", "x"]
+    done = subprocess.run([*command, option, b"Gr\xfcn"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not UTF-8 text" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_prompts_file_as_editors_write_it(run, tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "prompts.txt").write_bytes("hot\u2028dog\r\nGrün\r\n".encode(encoding))
+        result = run("--prompts-file", "prompts.txt")
+        assert result.exit_code == 0, result.output
+    found = sorted(read_metadata(path)["prompt"] for path in (tmp_path / "outputs").iterdir())
+    assert found == sorted(["hot\u2028dog", "Grün"])
+
+
+def test_nan_in_a_weight_is_no_black_picture(model_folder, run, tmp_path):
+    copied = shutil.copytree(model_folder, tmp_path / "copy")
+    path = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    result = run("--prompt", "x", "--backend", "torch", ckpt=copied)
+    assert_one_sentence(result, 1, "call 0 of the UNet", "black", "fp32")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_engines_with_exchanged_names(run, model_folder, engine_folder, up2_folder, tmp_path):
+    """A folder's name proves nothing; its manifest does."""
+    store = tmp_path / "store"
+    shutil.copytree(engine_folder, store / up2_folder.name)
+    shutil.copytree(up2_folder, store / engine_folder.name)
+    for cut in ("out", "up2"):
+        result = run("--prompt", "x", "--cut", cut, engines=store)
+        assert_one_sentence(result, 1, "was renamed")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_the_model_names_itself(run, engine_folder, tmp_path):
+    renamed = shutil.copytree(engine_folder, tmp_path / "other-model")
+    result = run("--prompt", "x", ckpt=None, engines=renamed)
+    assert read_metadata(tmp_path / result.stdout.strip())["model"] == "tiny"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_scheduler_of_which_one_byte_changed(run, engine_folder, tmp_path, dry):
+    copied = shutil.copytree(engine_folder, tmp_path / "engine")
+    path = copied / "scheduler" / "scheduler_config.json"
+    for old, new in ((b"DDIM", b"DDIN"), (b'"steps_offset": 1', b'"steps_offset": 2')):
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        result = run("--prompt", "x", *dry, ckpt=None, engines=copied)
+        assert_one_sentence(result, 1, "scheduler_config.json", "is not what was built")
+        path.write_bytes(content)
+
+
+def test_the_guidance_of_an_engine_folder_is_its_models(run, model_folder, tmp_path):
+    copied = shutil.copytree(model_folder, tmp_path / "copy")
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps({**index, "_guidance_scale": 2.5}))
+    first = run("--prompt", "x", ckpt=copied, engines=tmp_path / "new")
+    (folder,) = (path for path in (tmp_path / "new").iterdir() if path.is_dir())
+    second = run("--prompt", "x", "--output", "alone", ckpt=None, engines=folder)
+    for result in (first, second):
+        assert read_metadata(tmp_path / result.stdout.strip())["guidance_scale"] == 2.5
+
+
+def test_the_models_own_steps_of_training_are_refused(run):
+    assert_one_sentence(run("--prompt", "x", "--steps", 1000), 1, "1000 steps", "fewer")
 
 
 def test_many_prompts_and_images(run, tmp_path):
@@ -258,7 +452,7 @@ def test_a_disk_that_refuses(run, tmp_path, monkeypatch, number):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "link", refuse)
     assert_one_sentence(run("--prompt", "x"), 1, os.strerror(number))
     assert not list(tmp_path.rglob("*.png"))
 
@@ -283,14 +477,18 @@ def test_ctrl_c_leaves_nothing_half_written(model_folder, engine_folder, tmp_pat
     command = [sys.executable, "-c", f"{code}from encache.runtime.cli import main; main()"]
     command += ["--ckpt", model_folder, "--engine-dir", engine_folder.parent, "--prompt", "x"]
     command += ["--steps", "999", "--stride", "1", "--num-images", "8", "--output", tmp_path]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if "0/999" in line:
-                break
+    leader, follower = pty.openpty()  # a bar is drawn in a terminal only
+    with subprocess.Popen(command, stderr=follower) as process:
+        os.close(follower)
+        shown = b""
+        while b"0/999" not in shown:
+            shown += os.read(leader, 1024)
         process.send_signal(signal.SIGINT)
-        rest = process.communicate()[1]
+        with suppress(OSError):  # the end of a terminal
+            while part := os.read(leader, 1024):
+                shown += part
     assert process.returncode == 1
-    assert "Traceback" not in rest
+    assert b"Traceback" not in shown
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,227 @@
+"""A checkpoint opened as diffusers opens it: all of it, or only what its configs say.
+
+Everything goes through StableDiffusionPipeline's own constructor, which repairs old configs
+(steps_offset, clip_sample, sample_size), so that whoever asks gets the same answer.
+"""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from encache.errors import CheckpointError
+from encache.files import parse_json
+from encache.model.checkpoint import MARKS, Checkpoint
+from encache.model.features import ImageSpec
+from encache.model.lora import fuse
+from encache.model.text import with_length
+from encache.model.vae import replace_vae
+from encache.model.weights import choose_variant, read_header, reason_of
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a model is before its weights are loaded.
+
+    Attributes:
+        scheduler: the model's own, a diffusers scheduler.
+        spec: how its pictures and latents relate.
+    """
+
+    scheduler: Any
+    spec: ImageSpec
+
+
+def read_outline(checkpoint: Checkpoint) -> Outline:
+    """Read a checkpoint's configs, without loading weights.
+
+    Raises:
+        CheckpointError: they are damaged, or a single file has no folder that holds them.
+    """
+    import diffusers
+
+    folder = checkpoint.folder
+    if folder is None:
+        raise CheckpointError(f"{checkpoint.weights} alone holds no configs: add --base.")
+    try:
+        scheduler_class = getattr(diffusers, checkpoint.index["scheduler"][1])
+        pipeline = diffusers.StableDiffusionPipeline(
+            unet=_configured(diffusers.UNet2DConditionModel, folder / "unet"),
+            vae=_configured(getattr(diffusers, checkpoint.index["vae"][1]), folder / "vae"),
+            scheduler=scheduler_class.from_pretrained(folder, subfolder="scheduler"),
+            text_encoder=None,
+            tokenizer=None,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        _set_schedule(pipeline, checkpoint)
+        spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged configs surface as any exception of two libraries
+        raise CheckpointError(f"{folder} has a damaged config: {reason_of(error)}") from error
+    return Outline(pipeline.scheduler, spec)
+
+
+def _configured(model_class: Any, folder: Path) -> Any:
+    """Something with the config that this model would have, its defaults included."""
+    from diffusers import ConfigMixin
+
+    class Configured(ConfigMixin):
+        config_name = "config.json"
+
+    outline = Configured()
+    given = parse_json((folder / "config.json").read_bytes())
+    outline.register_to_config(**_defaults(model_class) | given)
+    return outline
+
+
+def load_pipeline(
+    checkpoint: Checkpoint,
+    dtype: "torch.dtype | None" = None,
+    device: "torch.device | str" = "cpu",
+) -> "StableDiffusionPipeline":
+    """Load the checkpoint as a StableDiffusionPipeline without safety checker.
+
+    Args:
+        checkpoint: from `find_checkpoint`.
+        dtype: of the weights; float32 by default.
+        device: that will run it.
+
+    Raises:
+        CheckpointError: the files are damaged or belong to another architecture.
+    """
+    import torch
+
+    dtype = dtype or torch.float32
+    _hide_progress_bars()
+    pipeline = _load(checkpoint, dtype)
+    _set_schedule(pipeline, checkpoint)
+    pipeline.tokenizer = with_length(pipeline.tokenizer, pipeline.text_encoder)
+    if checkpoint.weights and checkpoint.holds == "unet":
+        _lay_over(pipeline.unet, checkpoint)
+    for lora in checkpoint.loras:
+        fuse(pipeline, lora)
+    if checkpoint.vae:
+        replace_vae(pipeline, checkpoint.vae, dtype, checkpoint.variant)
+    pipeline.set_progress_bar_config(disable=True)
+    if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
+        pipeline.to(device)
+    if torch.device(device).type == "cuda":
+        # As its convolutions read them; on a CPU they are a quarter slower that way.
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+def _load(checkpoint: Checkpoint, dtype: "torch.dtype") -> "StableDiffusionPipeline":
+    """The folder's pipeline, or the single file's, completed by its folder."""
+    from diffusers import StableDiffusionPipeline
+
+    single_file = checkpoint.weights is not None and checkpoint.holds == "pipeline"
+    folder = str(checkpoint.folder) if checkpoint.folder else None
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "use_safetensors": True,
+    }
+    try:
+        if single_file:
+            options |= _parts_of_the_folder(checkpoint, dtype)
+            return StableDiffusionPipeline.from_single_file(
+                str(checkpoint.weights), config=folder, **options
+            )
+        return StableDiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, variant=checkpoint.variant or None, **options
+        )
+    except Exception as error:  # damaged files surface as any exception of four libraries
+        what = checkpoint.weights if single_file else checkpoint.folder
+        hint = " If it is not complete, add --base." if single_file and not folder else ""
+        raise CheckpointError(
+            f"{what} could not be loaded as Stable Diffusion: {reason_of(error)}{hint}"
+        ) from error
+
+
+def _parts_of_the_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> dict[str, Any]:
+    """What a single file lacks, as pruned ones often do, from the folder that completes it."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    assert checkpoint.weights
+    if checkpoint.folder is None:
+        return {}
+    names, _ = read_header(checkpoint.weights)
+    parts: dict[str, Any] = {}
+    for prefix, part, model_class in (
+        ("first_stage_model.", "vae", AutoencoderKL),
+        ("cond_stage_model.", "text_encoder", CLIPTextModel),
+    ):
+        if not any(name.startswith(prefix) for name in names):
+            folder = checkpoint.folder / part
+            variant = choose_variant([folder], checkpoint.variant) or None
+            parts[part] = model_class.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, variant=variant
+            )
+    return parts
+
+
+def _set_schedule(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -> None:
+    """Let the scheduler hold what was repaired, and what the weights' own file says of them."""
+    changes: dict[str, Any] = {}
+    if checkpoint.prediction:
+        changes["prediction_type"] = checkpoint.prediction
+    if checkpoint.zero_snr:
+        # Its first timestep must be the last one of the training (arXiv 2305.08891).
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = pipeline.scheduler
+    # What a config left out is left out again when another solver takes it over, and gets that
+    # one's default; but what was repaired since is no default any more.
+    defaults = _defaults(type(scheduler))
+    left_out = [
+        name
+        for name in scheduler.config.get("_use_default_values", ())
+        if scheduler.config[name] == defaults[name]
+    ]
+    config = {**scheduler.config, "_use_default_values": left_out}
+    pipeline.scheduler = type(scheduler).from_config(config, **changes)
+
+
+def _defaults(diffusers_class: Any) -> dict[str, Any]:
+    """The config that this class has by default."""
+    options = inspect.signature(diffusers_class.__init__).parameters
+    return {name: option.default for name, option in options.items() if name != "self"}
+
+
+def _hide_progress_bars() -> None:
+    """Loading takes a second; three nested bars per model say nothing."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _lay_over(unet: "torch.nn.Module", checkpoint: Checkpoint) -> None:
+    from safetensors.torch import load_file
+
+    assert checkpoint.weights
+    new, old = load_file(checkpoint.weights), unet.state_dict()
+    for mark in MARKS:
+        new.pop(mark, None)
+    wrong = sorted(
+        name
+        for name in new.keys() | old.keys()
+        if name not in new or name not in old or new[name].shape != old[name].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.weights} is a UNet of another architecture than {checkpoint.folder}: "
+            f"{len(wrong)} tensors differ, the first is {wrong[0]}. Give its own base with --base."
+        )
+    unet.load_state_dict(new)

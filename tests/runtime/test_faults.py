@@ -1,0 +1,24 @@
+"""A damaged engine store gives the right picture or one true sentence."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.faults import FAULTS, Trial, copying_instead_of_building
+
+
+@pytest.fixture(scope="module")
+def trial():
+    # pytest's own folders are for their owner alone, and some faults are about rights.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        trial = Trial(Path(folder))
+        with copying_instead_of_building(trial.store):
+            yield trial
+
+
+@pytest.mark.parametrize("kind", range(len(FAULTS)), ids=[fault.__name__ for fault in FAULTS])
+def test_faults(trial, kind):
+    for number in range(5):
+        trial.run(number * len(FAULTS) + kind)
