@@ -107,7 +107,7 @@ def _coco_captions(path: Path) -> list[str]:
     text = read_text(path)
     try:
         captions = [one["caption"].strip() for one in json.loads(text)["annotations"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EncacheError(f"{path} is no file of COCO captions ({error}).") from error
     prompts = [caption for caption in captions if caption]
     random.Random(0).shuffle(prompts)

@@ -193,7 +193,7 @@ def _read_rows(metadata: Path) -> list[dict[str, Any]]:
 def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
 

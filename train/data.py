@@ -189,7 +189,7 @@ def _find_caption(files: Mapping[str, Place], names: Mapping[str, str]) -> str:
 def _caption_of(facts: str) -> Any:
     try:
         return json.loads(facts)["caption"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -238,7 +238,7 @@ def test_reading_prompts(tmp_path):
         lines.write_text(text)
         with pytest.raises(EncacheError, match="no prompt"):
             read_prompts(lines)
-    for text in ('{"images": []}', "[]", "{", '{"annotations": [{"caption": 7}]}'):
+    for text in ('{"images": []}', "[]", "{", "[" * 10_000, '{"annotations": [{"caption": 7}]}'):
         coco.write_text(text)
         with pytest.raises(EncacheError, match="COCO"):
             read_prompts(coco)

@@ -401,6 +401,7 @@ def test_half_an_emoji_is_no_caption(tmp_path):
             "not UTF-8 text .line 2",
         ),
         ("metadata.jsonl", b'{"file_name": "none.png", "text": "t"}', "none of its 1 is one"),
+        ("metadata.jsonl", b"[" * 10_000, "none of its 1 is one"),
         ("metadata.csv", b"file;text\na.png;red\n", "columns file_name and text"),
         ("metadata.csv", b'file_name,text\na.png,"' + b"x" * 200_000, "no table with commas"),
     ],

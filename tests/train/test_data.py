@@ -161,11 +161,12 @@ PAIRS = {
         0,
     ),
     "facts without caption": (
-        {f"{index}.png": RED for index in range(5)}
+        {f"{index}.png": RED for index in range(6)}
         | {"0.json": b"null", "1.json": b"[]", "2.json": b"{", "3.json": b'{"caption": " "}'}
-        | {"4.json": b'{"caption": "half an emoji \\ud83d"}'},
+        | {"4.json": b'{"caption": "half an emoji \\ud83d"}'}
+        | {"5.json": b"[" * 10_000},
         [],
-        5,
+        6,
     ),
     "marks of encodings": (
         {
