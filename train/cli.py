@@ -5,11 +5,18 @@ from typing import Literal
 
 import click
 
-from encache.command import Command
+from encache.command import Command, FiniteFloat
 from encache.model.features import CUTS, Cut
 
 #: diffusers' training scripts write their options with underscores.
 _NAMES = {"token_normalize_func": lambda name: name.replace("_", "-")}
+
+#: Of what a run with --rank prints.
+_USES = (
+    "{0} is the whole UNet: give it to --ckpt of encache-run, encache-export or encache-eval.\n"
+    "{1} is the LoRA alone: give it to --lora of encache-run or encache-export, beside the "
+    "model that was fine-tuned."
+)
 
 
 @click.group()
@@ -17,9 +24,12 @@ def main() -> None:
     """Train Stable Diffusion models whose encoder may be cached."""
 
 
-@main.command(cls=Command)
+@main.command(cls=Command, context_settings=_NAMES)
 @click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="diffusers folder to write."
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="diffusers folder to write; new, empty, or this command's own.",
 )
 @click.option(
     "--work-dir",
@@ -33,9 +43,9 @@ def main() -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the unpacked emoji packages. Default: fetched into --work-dir with npm.",
 )
-@click.option("--autoencoder-steps", type=click.IntRange(1), help="Default: the recipe's.")
+@click.option("--autoencoder-steps", type=click.IntRange(1), help="Default: the recipe's 3000.")
 @click.option(
-    "--max-train-steps", type=click.IntRange(1), help="UNet steps. Default: the recipe's."
+    "--max-train-steps", type=click.IntRange(1), help="UNet steps. Default: the recipe's 14000."
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
 def emoji(
@@ -48,19 +58,18 @@ def emoji(
 ) -> None:
     """Train the default model: food, animals and plants as emoji, 64x64.
 
+    Takes hours on a CPU. The same command goes on after a stop, and does nothing once it is done.
+    Prints the folder.
+
     Example: encache-train emoji --output runs/emoji/model
     """
     import torch
 
     from encache.train import autoencoder, denoiser
     from encache.train.default_model import train_default_model
-    from encache.train.emoji import fetch_packages
 
     if threads:
         torch.set_num_threads(threads)
-    if emoji_dir is None:
-        emoji_dir = work_dir / "data"
-        fetch_packages(emoji_dir)
     train_default_model(
         emoji_dir,
         work_dir,
@@ -85,11 +94,22 @@ def emoji(
     required=True,
     help="Pictures with metadata.jsonl, .tar shards of img2dataset, or the emoji packages.",
 )
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--cut", type=click.Choice(CUTS), default="up2", show_default=True)
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the weights, the checkpoint, the logs and the validation pictures.",
+)
+@click.option(
+    "--cut",
+    type=click.Choice(CUTS),
+    default="up2",
+    show_default=True,
+    help="Where the encoder ends; draw with the same one.",
+)
 @click.option(
     "--fcr-weight",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=0.1,
     show_default=True,
     help="lambda; 0 is plain fine-tuning.",
@@ -108,7 +128,11 @@ def emoji(
     help="Sampling steps that --fcr-stride counts in. Default: 50.",
 )
 @click.option(
-    "--fcr-form", type=click.Choice(("raw", "relative", "spread")), default="raw", show_default=True
+    "--fcr-form",
+    type=click.Choice(("raw", "relative", "spread")),
+    default="raw",
+    show_default=True,
+    help="Squared change of the features, as it is, or relative to their mean square or variance.",
 )
 @click.option(
     "--fcr-stop-grad",
@@ -119,45 +143,72 @@ def emoji(
 )
 @click.option(
     "--cached-weight",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=0.0,
     show_default=True,
     help="Also distil the unchanged UNet into calls on extrapolated features, --fcr-stride (or "
     "--fcr-delta-max) apart.",
 )
-@click.option("--resolution", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
+@click.option(
+    "--resolution",
+    type=click.IntRange(8),
+    help="Height and width in pixels. Default: the model's own, or the smaller of the two.",
+)
 @click.option("--random-flip", is_flag=True, help="Mirror half of the pictures.")
 @click.option(
-    "--proportion-empty-prompts", type=click.FloatRange(0, 1), default=0.1, show_default=True
+    "--proportion-empty-prompts",
+    type=FiniteFloat(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Share of captions left out, for classifier-free guidance.",
 )
-@click.option("--train-batch-size", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--gradient-accumulation-steps", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--train-batch-size",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Pictures per device and batch.",
+)
+@click.option(
+    "--gradient-accumulation-steps",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Batches per step.",
+)
 @click.option("--max-train-steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0), default=1e-5, show_default=True)
+@click.option("--learning-rate", type=FiniteFloat(0), default=1e-5, show_default=True)
 @click.option(
     "--lr-scheduler",
     type=click.Choice(("constant", "linear", "cosine")),
     default="constant",
     show_default=True,
+    help="How the learning rate falls to zero by the last step, if it does.",
 )
-@click.option("--lr-warmup-steps", type=click.IntRange(0), default=100, show_default=True)
-@click.option("--adam-weight-decay", type=click.FloatRange(0), default=1e-2, show_default=True)
+@click.option(
+    "--lr-warmup-steps",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="Over which the learning rate rises.",
+)
+@click.option("--adam-weight-decay", type=FiniteFloat(0), default=1e-2, show_default=True)
 @click.option("--use-8bit-adam", is_flag=True, help="Needs bitsandbytes and a CUDA GPU.")
 @click.option(
     "--max-grad-norm",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=1.0,
     show_default=True,
     help="0 clips nothing.",
 )
 @click.option(
     "--snr-gamma",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     help="min-SNR weighting; 5 is usual. Default: none.",
 )
 @click.option(
     "--ema-decay",
-    type=click.FloatRange(0, 1),
+    type=FiniteFloat(0, 1),
     default=0.999,
     show_default=True,
     help="Of the averaged weights that are written; 0 writes the last ones.",
@@ -169,29 +220,45 @@ def emoji(
     show_default=True,
     help="Train a LoRA of this rank on the attentions; 0 trains the whole UNet.",
 )
-@click.option("--gradient-checkpointing", is_flag=True)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option(
     "--mixed-precision",
     type=click.Choice(("no", "fp16", "bf16")),
     help="Default: accelerate's configuration, or no.",
 )
-@click.option("--checkpointing-steps", type=click.IntRange(1), default=250, show_default=True)
+@click.option(
+    "--checkpointing-steps",
+    type=click.IntRange(1),
+    default=250,
+    show_default=True,
+    help="Steps between checkpoints.",
+)
 @click.option(
     "--resume-from-checkpoint",
     type=click.Choice(("latest", "never")),
     default="latest",
     show_default=True,
-    help="Whether to go on from the checkpoint in --output-dir.",
+    help="Whether to go on from the checkpoint in --output-dir; never starts over and replaces "
+    "what an earlier run left there.",
 )
 @click.option(
     "--report-to",
     type=click.Choice(("tensorboard", "none")),
     default="tensorboard",
     show_default=True,
+    help="What the losses are logged for, in --output-dir/logs.",
 )
-@click.option("--validation-prompt", multiple=True, help="Drawn every --validation-steps.")
+@click.option(
+    "--validation-prompt", multiple=True, help="Drawn every --validation-steps; repeatable."
+)
 @click.option("--validation-steps", type=click.IntRange(1), default=500, show_default=True)
-@click.option("--dataloader-num-workers", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--dataloader-num-workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Processes that read pictures; 0 reads them in between.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
 def fcr(
@@ -233,13 +300,21 @@ def fcr(
     seed: int,
     threads: int | None,
 ) -> None:
-    """Fine-tune a UNet so that its encoder may be skipped for longer (FCR).
+    """Fine-tune a UNet for longer strides (FCR).
 
-    Minimises L_denoise + lambda ||Enc(x_t) - Enc(x_{t-D})||^2 with D drawn from 1 to D_max, over
-    the features that cross --cut. Writes fcr.safetensors, which encache-export --ckpt takes.
+    Asks the encoder for features that change little from one timestep to another, so that it may
+    be skipped for longer: minimises L_denoise + lambda ||Enc(x_t) - Enc(x_{t-D})||^2, with D drawn
+    from 1 to D_max, over the features that cross --cut. The same command goes on after a stop.
+
+    Prints the path of fcr.safetensors, the whole UNet, which --ckpt of the other commands takes;
+    with --rank then that of fcr_lora.safetensors, the LoRA alone, which --lora takes.
+
     `accelerate launch -m encache.train.cli fcr ...` runs it on several devices.
 
-    Example: encache-train fcr --train-data-dir pictures --fcr-stride 10 --output-dir runs/fcr
+    \b
+    Example:
+      encache-train fcr --train-data-dir pictures --fcr-stride 10 \\
+          --output-dir runs/fcr
     """
     if fcr_stride and fcr_delta_max:
         raise click.UsageError("Give either --fcr-delta-max or --fcr-stride.")
@@ -254,7 +329,8 @@ def fcr(
     import torch
     from accelerate import Accelerator
 
-    from encache.model.checkpoint import find_checkpoint, load_pipeline
+    from encache.model.checkpoint import find_checkpoint
+    from encache.model.loading import load_pipeline
     from encache.train.data import open_pictures
     from encache.train.fcr import FCR
     from encache.train.finetune import Run, fine_tune
@@ -284,7 +360,7 @@ def fcr(
             f"Pairs of timesteps up to {delta_max} apart do not fit {num_timesteps} training "
             "timesteps: give another --fcr-delta-max or --fcr-stride."
         )
-    path = fine_tune(
+    paths = fine_tune(
         checkpoint,
         pipeline,
         pictures,
@@ -328,7 +404,9 @@ def fcr(
         accelerator,
     )
     if accelerator.is_main_process:
-        click.echo(path)
+        click.echo("\n".join(map(str, paths)))
+        if rank:
+            click.echo(_USES.format(*paths), err=True)
 
 
 if __name__ == "__main__":

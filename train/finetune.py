@@ -1,6 +1,7 @@
 """Fine-tune a checkpoint with FCR: from pictures and captions to fcr.safetensors."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from encache import __version__
 from encache.errors import EncacheError
-from encache.files import replacing
+from encache.files import check_writable, replacing
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import ImageSpec
 from encache.model.text import tokenize
@@ -25,8 +27,12 @@ from encache.train.fcr import FCR, FCRObjective, NoisedBatch
 from encache.train.loop import Recipe, averaged, fit
 from encache.train.validation import sample_grid
 
+#: What a run hands over: the whole UNet, and the adapter alone where one was trained.
+WEIGHTS, LORA = "fcr.safetensors", "fcr_lora.safetensors"
 #: What diffusers' own LoRA training adapts: the projections of every attention.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+#: Where a file's own metadata says which run made it.
+_METADATA_KEY = "encache"
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,11 @@ class Run:
     """Everything about a fine-tuning run that is not its model, its data or its loss.
 
     Attributes:
-        output: folder for fcr.safetensors, checkpoint.pt, logs/ and validation/.
+        output: folder for fcr.safetensors, fcr_lora.safetensors, checkpoint.pt, logs/ and
+            validation/.
         batch_size: pictures per process and accumulated batch.
-        resume: go on from checkpoint.pt when there is one; otherwise it is deleted first.
+        resume: go on from checkpoint.pt when there is one, and overwrite nothing where there is
+            none; otherwise start over and replace what is there.
         lora_rank: 0 trains the whole UNet.
         validation_prompts: drawn every `validation_every` steps with the averaged weights.
     """
@@ -55,6 +63,21 @@ class Run:
     num_workers: int = 0
     seed: int = 0
 
+    @property
+    def results(self) -> tuple[Path, ...]:
+        """The files that the finished run hands over, the whole UNet first."""
+        names = (WEIGHTS, LORA) if self.lora_rank else (WEIGHTS,)
+        return tuple(self.output / name for name in names)
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a stopped run goes on from."""
+        return self.output / "checkpoint.pt"
+
+    def validation_grid(self, step: int) -> Path:
+        """Where the pictures drawn after so many steps go."""
+        return self.output / "validation" / f"step-{step:06d}.png"
+
 
 def fine_tune(
     checkpoint: Checkpoint,
@@ -63,7 +86,7 @@ def fine_tune(
     settings: FCR,
     run: Run,
     accelerator: Accelerator,
-) -> Path:
+) -> tuple[Path, ...]:
     """Train the UNet on L_denoise + lambda L_FCR and write its averaged weights.
 
     Args:
@@ -75,10 +98,11 @@ def fine_tune(
         accelerator: processes, device and precision.
 
     Returns:
-        The path of fcr.safetensors.
+        The path of fcr.safetensors, then with `run.lora_rank` that of fcr_lora.safetensors.
 
     Raises:
-        EncacheError: the model or the data cannot be used, or the loss is not finite.
+        EncacheError: the model or the data cannot be used, the folder holds another run's files,
+            or the loss is not finite.
     """
     objective = _make_objective(pipeline, settings, run)
     draws = _make_draws(pipeline, settings, run)
@@ -92,40 +116,62 @@ def fine_tune(
     )
     prepare = _Preparation(pipeline, accelerator)
     facts = _facts(checkpoint, pictures, settings, run, draws, accelerator)
-    run.output.mkdir(parents=True, exist_ok=True)
+    _prepare_folder(run, facts)
+    accelerator.wait_for_everyone()
     _start_log(accelerator)
-    kept = run.output / "checkpoint.pt"
-    if not run.resume:  # only now: what can be wrong with the options has been checked
-        kept.unlink(missing_ok=True)
-        accelerator.wait_for_everyone()
 
     def on_step(step: int, losses: Mapping[str, float], average: Mapping[str, Tensor]) -> None:
         accelerator.log(dict(losses), step=step)
         if run.validation_prompts and (step + 1) % run.validation_every == 0:
             with averaged(objective, average):
-                _validate(pipeline, run, step + 1, accelerator)
+                _validate(pipeline, run, facts, step + 1, accelerator)
 
     fit(
         objective,
         lambda start: map(prepare, batches(steps, start, run.num_workers)),
         lambda model, batch: model(batch),
         run.recipe,
-        kept,
+        run.checkpoint,
         accelerator=accelerator,
         identity=facts,
         on_step=on_step,
     )
     accelerator.end_training()
     prepare.report_unreadable()
-    path = run.output / "fcr.safetensors"
     if accelerator.is_main_process:
         if run.lora_rank:
-            _save_lora(pipeline, run.output)
-        header = {"encache": json.dumps({**facts, "steps": run.recipe.steps})}
+            _save_lora(pipeline, run.output / LORA)
+        header = {_METADATA_KEY: json.dumps({**facts, "steps": run.recipe.steps})}
         if checkpoint.base_name:
             header["base"] = checkpoint.base_name
-        _write_weights(pipeline, path, header)
-    return path
+        _write_weights(pipeline, run.output / WEIGHTS, header)
+    return run.results
+
+
+def _prepare_folder(run: Run, facts: Mapping[str, Any]) -> None:
+    """Make the folder; refuse one whose files the run would overwrite without going on from it."""
+    check_writable(run.output)
+    if not run.resume:
+        run.checkpoint.unlink(missing_ok=True)
+    elif not run.checkpoint.exists():
+        steps = range(run.validation_every, run.recipe.steps + 1, run.validation_every)
+        grids = map(run.validation_grid, steps if run.validation_prompts else ())
+        taken = [path for path in run.results if path.exists()]
+        taken += [path for path in grids if path.exists() and not _is_drawn_by(facts, path)]
+        if taken:
+            raise EncacheError(
+                f"{taken[0]} is there already, without a checkpoint to go on from: choose another "
+                "--output-dir, or replace it with --resume-from-checkpoint never."
+            )
+
+
+def _is_drawn_by(facts: Mapping[str, Any], grid: Path) -> bool:
+    """Whether a validation picture is of the same run, stopped before its first checkpoint."""
+    try:
+        with Image.open(grid) as image:
+            return image.info.get(_METADATA_KEY) == json.dumps(facts)
+    except OSError:  # no picture at all
+        return False
 
 
 def _make_objective(pipeline: StableDiffusionPipeline, settings: FCR, run: Run) -> FCRObjective:
@@ -146,7 +192,7 @@ def _make_objective(pipeline: StableDiffusionPipeline, settings: FCR, run: Run) 
 
 def _make_draws(pipeline: StableDiffusionPipeline, settings: FCR, run: Run) -> Draws:
     spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
-    resolution = run.resolution or spec.picture_size
+    resolution = run.resolution or min(spec.picture_size)
     if resolution % spec.downscale:
         raise EncacheError(f"The resolution must be a multiple of {spec.downscale} pixels.")
     latent_size = resolution // spec.downscale
@@ -193,7 +239,7 @@ class _Preparation:
     def report_unreadable(self) -> None:
         if self.unreadable:
             some = ", ".join(sorted(self.unreadable)[:10])
-            tqdm.write(f"Skipped {len(self.unreadable)} unreadable pictures: {some}")
+            print(f"Skipped {len(self.unreadable)} unreadable pictures: {some}", file=sys.stderr)
 
 
 def _facts(
@@ -234,14 +280,21 @@ def _start_log(accelerator: Accelerator) -> None:
 
 
 def _validate(
-    pipeline: StableDiffusionPipeline, run: Run, step: int, accelerator: Accelerator
+    pipeline: StableDiffusionPipeline,
+    run: Run,
+    facts: Mapping[str, Any],
+    step: int,
+    accelerator: Accelerator,
 ) -> None:
     if accelerator.is_main_process:
-        folder = run.output / "validation"
-        folder.mkdir(exist_ok=True)
+        target = run.validation_grid(step)
+        target.parent.mkdir(exist_ok=True)
         with torch.no_grad(), accelerator.autocast():
             grid = sample_grid(pipeline, run.validation_prompts, columns=8, seed=run.seed)
-        grid.save(folder / f"step-{step:06d}.png")
+        info = PngInfo()
+        info.add_itxt(_METADATA_KEY, json.dumps(facts))
+        with replacing(target) as path:
+            grid.save(path, "PNG", pnginfo=info)
     accelerator.wait_for_everyone()
 
 
@@ -259,14 +312,14 @@ def _add_lora(pipeline: StableDiffusionPipeline, rank: int, seed: int) -> None:
     )
 
 
-def _save_lora(pipeline: StableDiffusionPipeline, output: Path) -> None:
+def _save_lora(pipeline: StableDiffusionPipeline, path: Path) -> None:
     """Write the adapter in diffusers' format and fold it into the UNet."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    with _replacing_weights(output / "fcr_lora.safetensors") as path:
-        pipeline.save_lora_weights(output, unet_lora_layers=layers, weight_name=path.name)
+    with _replacing_weights(path) as temporary:
+        pipeline.save_lora_weights(path.parent, unet_lora_layers=layers, weight_name=temporary.name)
     pipeline.unet.fuse_lora()
     pipeline.unet.unload_lora()
 

@@ -1,10 +1,13 @@
 """`encache-train fcr`, from pictures to a file that the rest of encache and diffusers take."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -15,7 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from encache.model.checkpoint import find_checkpoint, load_pipeline
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import load_pipeline
+from encache.model.lora import find_lora
 from encache.train import finetune
 from encache.train.cli import main
 
@@ -168,7 +173,12 @@ def test_the_log_holds_losses_and_feature_sizes(arguments, tmp_path):
 
 def test_a_lora_is_written_for_diffusers_and_folded_in(arguments, tmp_path, model_folder):
     # encache's options are diffusers' with hyphens; its underscores are understood too.
-    train(arguments("out", "--rank", 2, "--max_train_steps", 3))
+    result = train(arguments("out", "--rank", 2, "--max_train_steps", 3))
+    whole, adapter = map(Path, result.stdout.splitlines())
+    assert whole == tmp_path / "out" / "fcr.safetensors"
+    assert f"{whole} is the whole UNet: give it to --ckpt of encache-run" in result.stderr
+    assert f"{adapter} is the LoRA alone: give it to --lora of encache-run" in result.stderr
+    assert find_lora(str(adapter)).path == adapter
     folded = load_pipeline(find_checkpoint(tmp_path / "out" / "fcr.safetensors")).unet
     pipeline = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
@@ -191,6 +201,59 @@ def test_validation_grid(arguments, tmp_path):
     train(arguments("out", *more, "--validation-steps", 2))
     grids = sorted(path.name for path in (tmp_path / "out" / "validation").iterdir())
     assert grids == ["step-000002.png", "step-000004.png"]
+
+
+def test_a_full_disk_is_named(arguments, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    more = ["--validation-prompt", "red apple", "--validation-steps", 2]
+    result = CliRunner().invoke(main, arguments("out", *more))
+    assert result.exit_code == 1
+    place = tmp_path / "out" / "validation" / "step-000002.png"
+    assert f"No space left on device ({place}): free some space" in result.stderr
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_is_begun_again(
+    arguments, tmp_path, monkeypatch
+):
+    def refuse(state, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    more = ["--validation-prompt", "red apple", "--validation-steps", 4]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", refuse)
+        result = CliRunner().invoke(main, arguments("out", *more))
+    assert "free some space, then run the same command again" in result.stderr
+    other = CliRunner().invoke(main, arguments("out", *more, "--seed", 1))
+    assert "step-000004.png is there already, without a checkpoint" in other.stderr
+    train(arguments("out", *more))
+
+
+@pytest.mark.parametrize("name", ["fcr.safetensors", "fcr_lora.safetensors"])
+def test_results_of_another_run_are_not_overwritten(arguments, tmp_path, name):
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"of another run")
+    result = CliRunner().invoke(main, arguments("out", "--rank", 2))
+    assert result.exit_code == 1
+    assert f"{foreign} is there already, without a checkpoint" in result.stderr
+    assert foreign.read_bytes() == b"of another run"
+    train(arguments("out", "--rank", 2, "--resume-from-checkpoint", "never"))
+    assert load_file(foreign)
+
+
+def test_validation_pictures_of_another_run_are_not_overwritten(arguments, tmp_path):
+    foreign = tmp_path / "out" / "validation" / "step-000004.png"
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    more = ["--validation-prompt", "red apple", "--validation-steps"]
+    result = CliRunner().invoke(main, arguments("out", *more, 2))
+    assert result.exit_code == 1
+    assert f"{foreign} is there already" in result.stderr
+    train(arguments("out", *more, 3))
+    assert foreign.read_bytes() == b""
 
 
 def test_validation_does_not_change_the_training(arguments, tmp_path):
@@ -226,7 +289,8 @@ def test_a_diverging_run_says_so(arguments, tmp_path):
 def test_unreadable_pictures_are_named(arguments, pictures, tmp_path):
     (pictures / "red.png").write_bytes(b"none")
     result = train(arguments("out"))
-    assert "Skipped 1 unreadable pictures: red.png" in result.output
+    assert "Skipped 1 unreadable pictures: red.png" in result.stderr
+    assert result.stdout == f"{tmp_path / 'out' / 'fcr.safetensors'}\n"
 
 
 @pytest.mark.parametrize(
@@ -250,6 +314,17 @@ def test_options_that_cannot_be_honoured(arguments, tmp_path, more, message):
     assert result.exit_code in (1, 2)
     assert message in result.stderr
     assert kept.exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "option",
+    [one.opts[0] for one in main.commands["fcr"].params if isinstance(one.type, click.FloatRange)],
+)
+def test_numbers_that_are_not_finite_are_refused(arguments, option, value):
+    result = CliRunner().invoke(main, arguments("out", option, value))
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': " in result.stderr
 
 
 def test_a_precision_that_the_device_lacks(arguments, monkeypatch):
