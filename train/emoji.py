@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from encache.errors import EncacheError
+from encache.files import naming
 
 #: Pictures are square, this many pixels wide.
 SIZE = 64
@@ -79,11 +80,14 @@ def _fetch(style: Style, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         packed = subprocess.run(
-            [npm, "pack", name, "--silent"], cwd=temporary, capture_output=True, text=True
+            [npm, "pack", name, "--loglevel=error"], cwd=temporary, capture_output=True, text=True
         )
         if packed.returncode:
-            raise EncacheError(f"npm pack {name} failed: {packed.stderr.strip()[-300:]}")
-        shutil.unpack_archive(Path(temporary, packed.stdout.split()[-1]), temporary, filter="data")
+            reason = " ".join(packed.stderr.replace("npm error ", "").split())
+            raise EncacheError(f"npm pack {name} failed in {directory}: {reason[:300]}")
+        with naming(directory):
+            archive = Path(temporary, packed.stdout.split()[-1])
+            shutil.unpack_archive(archive, temporary, filter="data")
         Path(temporary, "package").rename(directory / style.word)
 
 

@@ -115,6 +115,22 @@ def arguments(packages, tmp_path):
     return [str(value) for value in values]
 
 
+def test_npm_fails(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text(
+        '#!/bin/sh\ncase "$*" in *--silent*) ;; *) echo "npm error code ENOSPC" >&2 ;; esac\n'
+        "exit 228\n"
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(
+        main, ["emoji", "--output", str(tmp_path / "o"), "--work-dir", str(tmp_path / "w")]
+    )
+    assert result.exit_code == 1
+    assert f"failed in {tmp_path / 'w' / 'data'}: code ENOSPC" in result.stderr
+    assert not list((tmp_path / "w" / "data").iterdir())
+
+
 def test_the_recipe_writes_a_stable_diffusion_folder(arguments, tmp_path):
     output, work = tmp_path / "model", tmp_path / "work"
     transformers.utils.logging.enable_progress_bar()
