@@ -1,10 +1,10 @@
 """Another autoencoder in place of the checkpoint's own, such as the small AutoencoderTiny."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from encache.errors import CheckpointError
+from encache.files import parse_json
 from encache.model.features import ImageSpec
 from encache.model.weights import choose_variant, reason_of, refuse_without_safetensors
 
@@ -23,7 +23,7 @@ def check_vae(folder: Path) -> Path:
         CheckpointError: it holds none, or only pickled weights.
     """
     try:
-        name = json.loads((folder / _CONFIG).read_text())["_class_name"]
+        name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is no diffusers autoencoder: its {_CONFIG} cannot be read ({error!r})."
@@ -44,7 +44,7 @@ def replace_vae(
     """
     import diffusers
 
-    name = json.loads((folder / _CONFIG).read_text())["_class_name"]
+    name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
     try:
         vae = getattr(diffusers, name).from_pretrained(
             folder,

@@ -178,7 +178,7 @@ def main(
 
     Example: encache-run --prompt "red apple" --stride 10
     """
-    wanted = [*prompts, *_read_prompts(prompts_file)]
+    wanted = [*prompts, *(read_lines(prompts_file) if prompts_file else ())]
     if not wanted and not dry_run:
         raise click.UsageError("Give --prompt, or --prompts-file with a prompt in it.")
     one_folder = (engine_dir / MANIFEST).is_file()
@@ -263,10 +263,6 @@ def main(
         facts = {"prompt": wanted[0], "seed": seed, **settings}
         _refuse_taken(output, facts)
     _draw(pipeline, wanted, batches, {**call, **policy}, settings, paths)
-
-
-def _read_prompts(path: Path | None) -> list[str]:
-    return [line.strip() for line in read_lines(path) if line.strip()] if path else []
 
 
 def _split(seeds: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from contextlib import suppress
 
 import diffusers
@@ -24,6 +25,9 @@ from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
+
+
+PROGRAM = [sys.executable, "-c", "from encache.runtime.cli import main; main()"]
 
 
 @pytest.fixture
@@ -141,7 +145,7 @@ def test_the_same_file_again(run, tmp_path):
 
 
 def test_two_runs_at_once(model_folder, engine_folder, tmp_path):
-    command = [sys.executable, "-m", "encache.runtime.cli", "--ckpt", model_folder, "--steps", "2"]
+    command = [*PROGRAM, "--ckpt", model_folder, "--steps", "2"]
     command += ["--engine-dir", engine_folder.parent, "--prompt", "x", "--output", tmp_path]
     runs = [
         subprocess.Popen([*command, "--stride", str(stride)], stdout=subprocess.PIPE, text=True)
@@ -154,7 +158,7 @@ def test_two_runs_at_once(model_folder, engine_folder, tmp_path):
 
 
 def test_a_killed_run_keeps_what_it_has(model_folder, engine_folder, tmp_path):
-    command = [sys.executable, "-m", "encache.runtime.cli", "--ckpt", model_folder, "--steps", "20"]
+    command = [*PROGRAM, "--ckpt", model_folder, "--steps", "20"]
     command += ["--engine-dir", engine_folder.parent, "--prompt", "x", "--output", tmp_path]
     command += ["--num-images", "300", "--batch-size", "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -194,7 +198,7 @@ def test_options_that_are_no_numbers(run, option, value):
 
 @pytest.mark.parametrize("option", ["--prompt", "--negative-prompt"])
 def test_a_prompt_of_other_bytes(model_folder, engine_folder, tmp_path, option):
-    command = [sys.executable, "-m", "encache.runtime.cli", "--ckpt", model_folder]
+    command = [*PROGRAM, "--ckpt", model_folder]
     command += ["--engine-dir", engine_folder.parent, "--output", tmp_path, "--prompt", "x"]
     done = subprocess.run([*command, option, b"Gr\xfcn"], capture_output=True, text=True)
     assert done.returncode == 2
@@ -428,7 +432,7 @@ def test_mistakes_are_found_before_engines_are_built(run, tmp_path):
 
 def test_prompts_that_are_not_text(run, tmp_path):
     (tmp_path / "latin.txt").write_bytes("Grün".encode("latin-1"))
-    assert_one_sentence(run("--prompts-file", "latin.txt"), 2, "not UTF-8")
+    assert_one_sentence(run("--prompts-file", "latin.txt"), 1, "not UTF-8", "line 1")
 
 
 def test_an_engine_folder_without_its_manifest(run, engine_folder, tmp_path):
@@ -478,6 +482,7 @@ def test_ctrl_c_leaves_nothing_half_written(model_folder, engine_folder, tmp_pat
     command += ["--ckpt", model_folder, "--engine-dir", engine_folder.parent, "--prompt", "x"]
     command += ["--steps", "999", "--stride", "1", "--num-images", "8", "--output", tmp_path]
     leader, follower = pty.openpty()  # a bar is drawn in a terminal only
+    termios.tcsetwinsize(follower, (24, 80))
     with subprocess.Popen(command, stderr=follower) as process:
         os.close(follower)
         shown = b""
