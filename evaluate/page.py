@@ -72,10 +72,10 @@ tr.plain > * { background: var(--tint); }
 .alike { font-weight: 400; }
 .grid th, .grid td { text-align: center; }
 .grid tbody th { text-align: left; }
-.grid thead th { min-width: 7.2rem; max-width: 11rem; font-weight: 500; }
+.grid thead th { min-width: 8.6rem; max-width: 11rem; font-weight: 500; }
 .grid thead small { white-space: nowrap; }
 .grid td { padding: .3rem; }
-.grid img { display: block; width: 100%; min-width: 6.4rem; height: auto; border-radius: 4px; }
+.grid img { display: block; width: 8rem; height: auto; margin: auto; border-radius: 4px; }
 .grid img.small { image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr); gap: .25rem 1rem;
   font-size: .88rem; margin: .6rem 0; }
@@ -85,7 +85,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
   th, td { padding: .35rem .45rem; }
   tbody th { min-width: 7.5rem; max-width: 8.5rem; font-size: .8rem; }
   .grid tbody th { min-width: 5rem; max-width: 5.5rem; }
-  .grid thead th { font-size: .74rem; min-width: 6.4rem; }
+  .grid thead th { font-size: .74rem; min-width: 7rem; }
+  .grid img { width: 6.4rem; }
 }
 @media print { .scroll { overflow: visible; max-height: none; }
   .scroll::before, .scroll::after { display: none; } }
@@ -206,4 +207,6 @@ def _fact(value: Any) -> str:
     """Lists and named values as words."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name}: {_fact(one)}" for name, one in value.items())
-    return ", ".join(map(_fact, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value)) or "none"
+    return str(value)

@@ -181,7 +181,7 @@ def test_the_page_needs_nothing_else():
 def test_a_table_that_is_cut_off_shows_it():
     page = render(report())
     tables = page.split("<table>")[:-1]
-    assert len(tables) == 2
+    assert len(tables) == 2  # of settings and of pictures
     assert all(re.search(r'<div class="scroll[^"]*" tabindex="0">$', before) for before in tables)
     style = page[: page.index("</style>")]
     assert re.search(r"body \{[^}]*width: fit-content;[^}]*max-width: 100%", style)
@@ -189,10 +189,15 @@ def test_a_table_that_is_cut_off_shows_it():
 
 
 def test_facts_are_words():
-    facts = {"checkpoints": {"a": "x, sha256 0f", "b": "y"}, "unreadable": ["1.png", "2.png"]}
+    facts = {
+        "checkpoints": {"a": "x, sha256 0f", "b": "y"},
+        "unreadable": ["1.png", "2.png"],
+        "c": [],
+    }
     page = render(report(protocol=facts))
     assert "<dd>a: x, sha256 0f; b: y</dd>" in page
     assert "<dd>1.png, 2.png</dd>" in page
+    assert "<dt>c</dt><dd>none</dd>" in page
 
 
 def test_headings_stand_over_their_columns():
