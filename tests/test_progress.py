@@ -1,13 +1,17 @@
 """Progress: a bar where it can be redrawn, whole lines where it cannot."""
 
 import io
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
 from encache.progress import progress
+
+ROOT = Path(__file__).parent.parent
 
 
 class Clock:
@@ -101,3 +105,10 @@ def test_a_piped_command_is_quiet_and_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_every_bar_comes_from_here():
+    folders = ("src", "model", "train", "export", "runtime", "evaluate")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        imported = re.search(r"^\s*(from|import) tqdm", path.read_text(), re.MULTILINE)
+        assert not imported or path.name == "progress.py", path
