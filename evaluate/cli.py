@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     "--real",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of real pictures for Frechet distance, precision, recall; with metadata.jsonl "
-    "also retrieval.",
+    "or metadata.csv also retrieval.",
 )
 @click.option(
     "--extractor",

@@ -3,6 +3,7 @@
 Needs neither torch nor a backend, so a finished export is recognised at once.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -173,11 +174,14 @@ def _check_file(path: Path) -> os.stat_result:
     """The file's status, unless it is missing, or something that cannot be read to its end."""
     try:
         status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            return status
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(f"{path} is missing. {REBUILD}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise EngineError(f"{path} is not a file. {REBUILD}")
-    return status
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+    raise EngineError(f"{path} is not a file. {REBUILD}")
 
 
 def _read_file(path: Path) -> bytes:

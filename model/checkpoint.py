@@ -190,25 +190,32 @@ def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Ch
     if path.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
     names, metadata = read_header(path)
-    trained = {"prediction": _prediction(names, metadata), "zero_snr": _ZERO_SNR in names}
+    found = _find_file(path, names, base or metadata.get("base"), variant)
+    prediction = _prediction(names, metadata)
+    return replace(found, prediction=prediction, zero_snr=_ZERO_SNR in names)
+
+
+def _find_file(
+    path: Path, names: Collection[str], base: str | Path | None, variant: str
+) -> Checkpoint:
+    """A safetensors file by its tensors' names, completed by its base."""
     if any(name.startswith("model.diffusion_model.") for name in names):
         _refuse_other_families(path, names)
-        completed = _find_folder(base, variant) if base else Checkpoint(None)
-        return replace(completed, weights=path, **trained)
-    if not {"conv_in.weight", "conv_out.weight"} <= names:
-        what = "a LoRA" if any("lora" in name for name in names) else "something else"
+        return replace(_find_folder(base, variant) if base else Checkpoint(None), weights=path)
+    if not {"conv_in.weight", "conv_out.weight"} <= set(names):
+        lora = any("lora" in name for name in names)
         raise CheckpointError(
-            f"{path} is neither a UNet nor a Stable Diffusion checkpoint but {what}: its first "
-            f"tensor is {min(names, default='missing')!r}."
+            f"{path} is neither a UNet nor a Stable Diffusion checkpoint but "
+            f"{'a LoRA, which goes to --lora' if lora else 'something else'}: its first tensor is "
+            f"{min(names, default='missing')!r}."
         )
-    base = base or metadata.get("base")
     if not base:
         raise CheckpointError(
             f"{path} holds a UNet alone and does not name its base. Add --base with the diffusers "
             "folder or hub id of the model it was trained from."
         )
-    completed = _find_folder(default_model() if base == DEFAULT_MODEL_NAME else base, variant)
-    return replace(completed, weights=path, holds="unet", **trained)
+    folder = default_model() if base == DEFAULT_MODEL_NAME else base
+    return replace(_find_folder(folder, variant), weights=path, holds="unet")
 
 
 def _prediction(names: Collection[str], metadata: Mapping[str, str]) -> str | None:

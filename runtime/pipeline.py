@@ -219,7 +219,9 @@ class EncachePipeline(HonestAttributes):
 
         `config`, diffusers' name for `base`, is the folder or hub id that completes it.
         """
-        return cls.from_pretrained(path, **({"base": config} if config else {}), **options)
+        if config is not None:
+            options["base"] = config
+        return cls.from_pretrained(path, **options)
 
     @classmethod
     def from_engines(cls, folder: str | Path) -> "EncachePipeline":
@@ -579,7 +581,7 @@ def _refuse_what_is_no_text(prompts: Sequence[Any]) -> None:
             raise EncacheError(f"{prompt[:40]!r} is no UTF-8 text.") from error
 
 
-def _listed(prompt: Prompt | None) -> list[str]:
+def _listed(prompt: Any) -> list[Any]:
     if prompt is None:
         return []
     return list(prompt) if isinstance(prompt, list | tuple) else [prompt]

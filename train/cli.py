@@ -92,7 +92,8 @@ def emoji(
     "--train-data-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     required=True,
-    help="Pictures with metadata.jsonl, .tar shards of img2dataset, or the emoji packages.",
+    help="Pictures with metadata.jsonl or metadata.csv, or with their captions beside them "
+    "(0001.txt), .tar shards of img2dataset, or the emoji packages.",
 )
 @click.option(
     "--output-dir",
@@ -342,6 +343,12 @@ def fcr(
     pictures = open_pictures(train_data_dir)
     if pictures.num_without_caption:
         click.echo(f"{pictures.num_without_caption} pictures have no caption: skipped.", err=True)
+    if pictures.num_without_picture:
+        click.echo(
+            f"{pictures.num_without_picture} lines of the metadata name no picture of the folder: "
+            "skipped.",
+            err=True,
+        )
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,

@@ -57,6 +57,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to, and rename it there if the block succeeds."""
     with _beside(path) as temporary:
         yield temporary
+        # Some libraries make files for their owner alone.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
 
 

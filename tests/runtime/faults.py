@@ -6,6 +6,7 @@ or a wait without end.
 """
 
 import argparse
+import codecs
 import contextlib
 import json
 import os
@@ -27,6 +28,9 @@ from encache.export.manifest import MANIFEST
 from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.runtime.cli import main as encache_run
 from tests.conftest import make_pipeline
+
+# Somebody without rights may not be able to read Python's own modules, and this one is found late.
+codecs.lookup("utf-8-sig")
 
 #: Seconds after which a command counts as hanging.
 PATIENCE = 60

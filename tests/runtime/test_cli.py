@@ -26,7 +26,6 @@ from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
 
-
 PROGRAM = [sys.executable, "-c", "from encache.runtime.cli import main; main()"]
 
 
