@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from diffusers import AutoencoderTiny
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -99,9 +100,15 @@ def test_fp16_exports_with_parity(fp16_folder, up2_folder):
 def test_parity_notices_a_wrong_graph(up2_folder, pipeline):
     graph = pipeline_graphs(pipeline, "up2")[1]
     path = up2_folder / "unet_decoder" / "model.onnx"
-    assert measure_parity(graph, path, 8) < 1e-5
+    assert measure_parity(graph, path, (8, 8)) < 1e-5
     pipeline.unet.conv_out.weight.data *= 1.01
-    assert measure_parity(graph, path, 8) > 1e-3
+    assert measure_parity(graph, path, (8, 8)) > 1e-3
+
+
+def test_the_image_decoder_is_checked_on_latents_of_a_samplers_size(pipeline):
+    picture = pipeline_graphs(pipeline, "out")[-1]
+    (latents,) = picture.draw(torch.Generator(), {"B": 64, "h": 32, "w": 32})
+    assert latents.std().item() == pytest.approx(1 / pipeline.vae.config.scaling_factor, rel=0.01)
 
 
 def test_a_tiny_autoencoder_in_the_place_of_the_large_one(pipeline, tmp_path):
@@ -114,7 +121,7 @@ def test_a_tiny_autoencoder_in_the_place_of_the_large_one(pipeline, tmp_path):
     assert ImageSpec.of(pipeline.unet.config, pipeline.vae.config).downscale == 2
     picture = pipeline_graphs(pipeline, "out")[-1]
     path = write_onnx(picture, tmp_path, {"B": 2, "K": 1, "M": 1, "h": 16, "w": 16})
-    assert measure_parity(picture, path, 8) < 1e-5
+    assert measure_parity(picture, path, (8, 8)) < 1e-5
 
 
 @pytest.mark.usefixtures("only_text_encoder")
@@ -138,9 +145,21 @@ def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "_write_companions", fill)
     monkeypatch.setattr("encache.export.parity.measure_parity", lambda *_: 0.0)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as refusal:
         build_engines(Request(find_checkpoint(model_folder)), tmp_path)
+    assert refusal.value.filename == str(tmp_path)  # as the operating system does not say
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.usefixtures("only_text_encoder")
+def test_every_part_is_named_before_it_takes_time(model_folder, tmp_path, monkeypatch):
+    lines, seen = [], []
+    whole = graphs.write_onnx
+    monkeypatch.setattr(graphs, "write_onnx", lambda *a: seen.append(lines[-1]) or whole(*a))
+    build_engines(Request(find_checkpoint(model_folder)), tmp_path, lines.append)
+    assert lines[0] == "loading tiny"
+    assert seen == ["exporting text_encoder"]
+    assert lines[-1].startswith("checked text_encoder")
 
 
 @pytest.mark.usefixtures("only_text_encoder")
@@ -168,7 +187,7 @@ def test_two_builders_at_once_build_once(model_folder, tmp_path):
     builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [builder.communicate()[0].split() for builder in builders]
     assert outputs[0][0] == outputs[1][0]
-    assert sorted(int(output[1]) for output in outputs) == [0, 2]
+    assert sorted(int(output[1]) for output in outputs) == [0, 3]
 
 
 @pytest.mark.parametrize("name", ["unet_encoder/model.onnx.data", "vae_decoder/model.onnx"])

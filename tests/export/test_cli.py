@@ -48,3 +48,10 @@ def test_mistakes(model_folder):
         assert result.exit_code == code, result.output
         assert word in result.stderr.strip().splitlines()[-1]
         assert isinstance(result.exception, SystemExit)  # anything else would be a traceback
+
+
+def test_the_help_is_laid_out():
+    text = export("--help").output
+    assert "\\b" not in text
+    assert "\b" not in text
+    assert "\n    encache-export --ckpt fcr.safetensors" in text

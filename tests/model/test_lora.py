@@ -1,5 +1,6 @@
 """Fused LoRAs compute what diffusers computes with its adapters in place."""
 
+import re
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from encache.errors import CheckpointError
 from encache.model.checkpoint import find_checkpoint
@@ -22,7 +23,10 @@ def write_lora(folder, name, seed, **unet_changes):
     pipeline = make_pipeline(**unet_changes)
     torch.manual_seed(seed)
     layers = {}
-    for part, targets in (("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
+    for part, targets in (
+        ("unet", ["to_q", "to_v"]),
+        ("text_encoder", ["q_proj", "k_proj", "v_proj", "out_proj"]),
+    ):
         model = getattr(pipeline, part)
         model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
         found = get_peft_model_state_dict(model)
@@ -92,6 +96,62 @@ def test_refusals(model_folder, loras, tmp_path):
     for path in (wide, strange):
         with pytest.raises(CheckpointError, match="does not fit"):
             load_pipeline(find_checkpoint(model_folder, loras=[str(path)]))
+
+
+@pytest.mark.parametrize("strangers", [1, 3])
+def test_layers_that_fit_nothing_are_not_left_out_in_silence(
+    model_folder, loras, tmp_path, strangers
+):
+    """As in a LoRA for a text encoder or UNet with more layers."""
+    tensors, path = load_file(loras[0]), tmp_path / "half.safetensors"
+    known = next(name for name in tensors if "down_blocks.0" in name and "lora.down" in name)
+    for number in range(strangers):
+        for side in ("lora.down", "lora.up"):
+            name = known.replace("lora.down", side)
+            new = name.replace("attentions.0", f"attentions.{7 + number}")
+            tensors[new] = tensors[name].clone()
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"{strangers} of its \d+ layers are not in it"):
+        load_pipeline(find_checkpoint(model_folder, loras=[str(path)]))
+
+
+def kohya_names(tensors):
+    """diffusers' names as kohya's trainers write them."""
+    for name, tensor in tensors.items():
+        part, layer, side = re.fullmatch(
+            r"(unet|text_encoder)\.(.*)\.lora(?:_linear_layer)?\.(down|up)\.weight", name
+        ).groups()
+        prefix = {"unet": "lora_unet", "text_encoder": "lora_te_text_model"}[part]
+        layer = layer.removeprefix("text_model.").replace(".", "_")
+        yield f"{prefix}_{layer}.lora_{side}.weight", tensor
+
+
+def test_a_lora_of_kohyas_trainers(model_folder, loras, tmp_path):
+    path = tmp_path / "kohya.safetensors"
+    tensors = dict(kohya_names(load_file(loras[0])))
+    alphas = {
+        name.replace("lora_down.weight", "alpha"): torch.tensor(float(len(one)))
+        for name, one in tensors.items()
+        if "lora_down" in name
+    }
+    save_file({**tensors, **alphas}, path)
+    found, wanted = (
+        outputs(load_pipeline(find_checkpoint(model_folder, loras=[str(one)])))
+        for one in (path, loras[0])
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_peft_that_does_not_fit(loras, monkeypatch):
+    pipeline = make_pipeline()
+
+    def refuse(*_, **__):
+        raise ValueError("The version of PEFT you are using is not compatible.")
+
+    monkeypatch.setattr(pipeline, "load_lora_weights", refuse)
+    with pytest.raises(CheckpointError, match="not compatible: pip install"):
+        fuse(pipeline, Lora(loras[0]))
 
 
 def test_without_peft(loras, monkeypatch):
