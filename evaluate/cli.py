@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from encache.evaluate.settings import Protocol, Setting
 
 
+#: Compared unless others are asked for.
+DEFAULT_STRIDES = (3, 5, 10)
+
+
 @click.command(cls=Command)
 @click.option(
     "--ckpt",
@@ -64,8 +68,7 @@ if TYPE_CHECKING:
     "strides",
     type=click.IntRange(2),
     multiple=True,
-    default=(3, 5, 10),
-    show_default=True,
+    help=f"Repeatable. Default: {', '.join(map(str, DEFAULT_STRIDES))}, as far as the calls allow.",
 )
 @click.option("--paper-key-calls", is_flag=True, help="Also Faster Diffusion's list of key calls.")
 @click.option("--prior-noise", is_flag=True, help="Also with prior noise.")
@@ -190,6 +193,7 @@ def main(
     from encache.model.checkpoint import default_model
     from encache.runtime.machine import describe_machine
     from encache.runtime.plan import paper_key_calls as key_calls_of_paper
+    from encache.runtime.plan import strides_within
 
     models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
     if guidance_scale is None:
@@ -202,12 +206,13 @@ def main(
     first = fulls[0]
     model = models[first.model]
     reference = Setting(first.model, first.scheduler, reference_steps or steps)
+    num_calls = model.plan(first).num_calls
     cached = cached_settings(
         fulls,
         cuts,
         blends,
-        strides,
-        [key_calls_of_paper(model.plan(first).num_calls)] if paper_key_calls else [],
+        strides or strides_within(DEFAULT_STRIDES, num_calls),
+        [key_calls_of_paper(num_calls)] if paper_key_calls else [],
         [False, True] if prior_noise else [False],
     )
     asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]

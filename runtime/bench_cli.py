@@ -22,6 +22,10 @@ PROMPTS = (
 )
 
 
+#: Compared unless others are asked for.
+DEFAULT_STRIDES = (3, 5, 10, 20)
+
+
 @click.command(cls=Command)
 @click.option("--ckpt", help="As for encache-export. Default: the model that ships with encache.")
 @click.option("--base", help="As for encache-export.")
@@ -52,8 +56,7 @@ PROMPTS = (
     "strides",
     type=click.IntRange(2),
     multiple=True,
-    default=(3, 5, 10, 20),
-    show_default=True,
+    help=f"Repeatable. Default: {', '.join(map(str, DEFAULT_STRIDES))}, as far as the calls allow.",
 )
 @click.option("--paper", is_flag=True, help="Also Faster Diffusion's key calls.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
@@ -114,7 +117,8 @@ def main(
     from encache.runtime.contenders import Task, assemble
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
-    from encache.runtime.plan import paper_key_calls
+    from encache.runtime.plan import paper_key_calls, strides_within
+    from encache.runtime.solver import count_calls
 
     if json_path:
         check_new(json_path)
@@ -125,6 +129,8 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
+    num_calls = count_calls(pipeline.scheduler, steps)
+    strides = strides or strides_within(DEFAULT_STRIDES, num_calls)
     policies: dict[str, dict[str, Any]] = {f"stride {n}": {"stride": n} for n in strides}
     if paper:
         policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}

@@ -252,6 +252,9 @@ def main(
     settings = {
         **call,
         **policy,
+        # As they decide the picture, not as this batch or these engines need them.
+        "stride": stride or min(DEFAULT_STRIDE, plan.num_calls),
+        "max_decode_batch": max_decode_batch,
         "scheduler": full_config(solver),
         "plan": plan.hash(),
         "model": model.name,

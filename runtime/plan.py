@@ -123,6 +123,11 @@ def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:
     return tuple(range(0, num_calls, stride))
 
 
+def strides_within(strides: Sequence[int], num_calls: int) -> tuple[int, ...]:
+    """Those of some default strides that so many calls allow, or the longest one if none."""
+    return tuple(stride for stride in strides if stride <= num_calls) or (num_calls,)
+
+
 def paper_key_calls(num_calls: int) -> tuple[int, ...]:
     """The key calls that Faster Diffusion publishes for this number of calls."""
     if num_calls not in PAPER_KEY_CALLS:

@@ -117,6 +117,15 @@ def fp16_folder(tmp_path_factory, model_folder):
     return build(model_folder, tmp_path_factory, "up2", "fp16")
 
 
+@pytest.fixture
+def only_text_encoder(monkeypatch):
+    """Export one small graph instead of all, where the rest would only take time."""
+    from encache.export import graphs
+
+    whole = graphs.pipeline_graphs
+    monkeypatch.setattr(graphs, "pipeline_graphs", lambda *a: whole(*a)[-2:-1])
+
+
 def build(model_folder, tmp_path_factory, cut, dtype="fp32"):
     from encache.export.build import Request, build_engines
     from encache.model.checkpoint import find_checkpoint

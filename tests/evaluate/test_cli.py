@@ -56,6 +56,24 @@ def test_a_report_pairs_everything_with_the_full_sampler(arguments, tmp_path):
     assert "hot dog" in (folder / "index.html").read_text()
 
 
+@pytest.mark.parametrize(("steps", "strides"), [("2", {2}), ("4", {3}), ("6", {3, 5})])
+def test_few_steps_need_no_stride(steps, strides, tmp_path):
+    """Nobody gave one that could be too long."""
+    result = evaluate(["--steps", steps, "--dry-run", "--report", str(tmp_path)])
+    found = {
+        line.rpartition("stride ")[2] for line in result.stdout.splitlines() if "stride" in line
+    }
+    assert found == set(map(str, strides))
+
+
+@pytest.mark.parametrize("option", ["--steps", "--reference-steps", "--plain-steps"])
+def test_more_steps_than_the_schedule_has(option, tmp_path):
+    command = ["--num-images", "1", option, "1000", "--report", str(tmp_path), "--stride", "2"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1, result.output
+    assert "1000 steps" in result.stderr.splitlines()[-1]
+
+
 def test_a_repeated_evaluation_draws_nothing_new(arguments, tmp_path, monkeypatch):
     evaluate(arguments())
     first = rows_of(tmp_path / "report")

@@ -32,12 +32,6 @@ def copied(engine_folder, tmp_path):
     return shutil.copytree(engine_folder, tmp_path / engine_folder.name)
 
 
-@pytest.fixture
-def only_text_encoder(monkeypatch):
-    """Export one small graph instead of all, where the rest would only take time."""
-    monkeypatch.setattr(graphs, "pipeline_graphs", lambda *a: pipeline_graphs(*a)[-2:-1])
-
-
 def test_folder_layout(engine_folder, up2_folder):
     expected = {
         "manifest.json",

@@ -16,7 +16,7 @@ import signal
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -25,7 +25,8 @@ from PIL import Image
 from encache.export import build
 from encache.export.build import Request, build_engines
 from encache.export.manifest import MANIFEST
-from encache.model.checkpoint import Checkpoint, find_checkpoint
+from encache.model.checkpoint import find_checkpoint
+from encache.model.features import Cut
 from encache.runtime.cli import main as encache_run
 from tests.conftest import make_pipeline
 
@@ -38,23 +39,24 @@ NOBODY = 65534
 
 
 class Store:
-    """Engine folders of two models, two cuts of the first; `copy` gives one to be damaged."""
+    """Engine folders side by side, each with the request that it was built for.
 
-    def __init__(self, folder: Path) -> None:
-        self.checkpoints: list[Checkpoint] = []
-        for seed in (0, 1):
-            make_pipeline(seed).save_pretrained(folder / f"model{seed}")
-            self.checkpoints.append(find_checkpoint(folder / f"model{seed}"))
-        self.requests = [
-            Request(self.checkpoints[0], "out"),
-            Request(self.checkpoints[0], "up2"),
-            Request(self.checkpoints[1], "out"),
-        ]
+    Args:
+        folder: an empty one that anybody may read.
+        built: checkpoint folder, cut, dtype and finished engine folder, at least two.
+    """
+
+    def __init__(self, folder: Path, built: Sequence[tuple[Path, Cut, str, Path]]) -> None:
         self.engines = folder / "engines"
-        for request in self.requests:
-            build_engines(request, self.engines)
+        self.requests = []
+        for checkpoint, cut, dtype, engines in built:
+            copied = folder / checkpoint.name
+            if not copied.exists():
+                shutil.copytree(checkpoint, copied)
+            self.requests.append(Request(find_checkpoint(copied), cut, dtype))
+            shutil.copytree(engines, self.engines / engines.name)
         self.names = [request.folder_name for request in self.requests]
-        for path in [folder, *folder.rglob("*")]:  # also for somebody without rights
+        for path in [folder, *folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
     def copy(self, place: Path) -> Path:
@@ -217,9 +219,10 @@ def limited() -> Iterator[None]:
 class Trial:
     """Faults one after another, each on a fresh copy of the store."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, built: Sequence[tuple[Path, Cut, str, Path]]) -> None:
         self.folder = folder
-        self.store = Store(folder / "store")
+        (folder / "store").mkdir()
+        self.store = Store(folder / "store", built)
         self.references = {
             index: self.draw(self.store.engines, index, alone=False)[1]
             for index in range(len(self.store.names))
@@ -237,8 +240,8 @@ class Trial:
         if alone:
             arguments += ["--engine-dir", engines / self.store.names[index]]
         else:
-            arguments += ["--engine-dir", engines, "--cut", request.cut]
-            arguments += ["--ckpt", request.checkpoint.folder]
+            arguments += ["--engine-dir", engines, "--ckpt", request.checkpoint.folder]
+            arguments += ["--cut", request.cut, "--dtype", request.dtype]
         if dry:
             arguments.append("--dry-run")
         with limited():
@@ -334,14 +337,27 @@ def copying_instead_of_building(store: Store) -> Iterator[None]:
         build._write_engines = write
 
 
+def build_store(folder: Path) -> list[tuple[Path, Cut, str, Path]]:
+    """Two models, two cuts of the first."""
+    built: list[tuple[Path, Cut, str, Path]] = []
+    for seed, cut in ((0, "out"), (0, "up2"), (1, "out")):
+        model = folder / f"model{seed}"
+        if not model.exists():
+            make_pipeline(seed).save_pretrained(model)
+        request = Request(find_checkpoint(model), cut)
+        built.append((model, cut, "fp32", build_engines(request, folder / "built")))
+    return built
+
+
 def main() -> None:
     """Count how faults end; stop at the first that ends badly."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=1000)
     count = parser.parse_args().faults
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        trial = Trial(Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        folder.chmod(0o755)
+        trial = Trial(folder, build_store(folder))
         with copying_instead_of_building(trial.store):
             ends = Counter(trial.run(seed) for seed in range(count))
     print(json.dumps(dict(sorted(ends.items())), indent=1))

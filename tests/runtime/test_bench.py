@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from encache.errors import EngineError
+from encache.model.checkpoint import find_checkpoint
 from encache.runtime.bench import matrix_peak, measure
 from encache.runtime.bench_cli import main
 from encache.runtime.contenders import Task, assemble
@@ -24,6 +25,20 @@ def by_torch(pipeline, task, compiling=False):
         return EncachePipeline.from_pipe(pipeline, cut)
 
     return assemble(pipeline, open_backend, ["torch"], ["up2"], task, compiling)[0]
+
+
+def test_few_steps_guidance_and_an_existing_report(model_folder, tmp_path):
+    """What was not asked for is not refused; the guidance is the model's; nothing is lost."""
+    command = ["--ckpt", model_folder, "--backend", "torch", "--cut", "out", "--repeats", 1]
+    command += ["--steps", 4, "--json", tmp_path / "bench.json"]
+    first = bench(*command)
+    assert first.exit_code == 0, first.output
+    task = json.loads((tmp_path / "bench.json").read_text())["task"]
+    assert task["policies"] == {"stride 3": {"stride": 3}}
+    assert task["guidance_scale"] == find_checkpoint(model_folder).guidance_scale == 7.5
+    again = bench(*command)
+    assert again.exit_code == 1
+    assert "bench.json exists already and is not overwritten" in again.stderr
 
 
 def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):

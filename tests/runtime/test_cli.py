@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from contextlib import suppress
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from encache import files
+from encache.export.manifest import read_manifest
 from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
@@ -255,15 +257,12 @@ def test_a_scheduler_of_which_one_byte_changed(run, engine_folder, tmp_path, dry
         path.write_bytes(content)
 
 
-def test_the_guidance_of_an_engine_folder_is_its_models(run, model_folder, tmp_path):
-    copied = shutil.copytree(model_folder, tmp_path / "copy")
-    index = json.loads((copied / "model_index.json").read_text())
-    (copied / "model_index.json").write_text(json.dumps({**index, "_guidance_scale": 2.5}))
-    first = run("--prompt", "x", ckpt=copied, engines=tmp_path / "new")
-    (folder,) = (path for path in (tmp_path / "new").iterdir() if path.is_dir())
-    second = run("--prompt", "x", "--output", "alone", ckpt=None, engines=folder)
-    for result in (first, second):
-        assert read_metadata(tmp_path / result.stdout.strip())["guidance_scale"] == 2.5
+def test_the_guidance_of_an_engine_folder_is_its_models(run, engine_folder, tmp_path):
+    copied = shutil.copytree(engine_folder, tmp_path / "engine")
+    replace(read_manifest(copied), guidance_scale=2.5).write(copied)
+    result = run("--prompt", "x", ckpt=None, engines=copied)
+    assert read_metadata(tmp_path / result.stdout.strip())["guidance_scale"] == 2.5
+    assert EncachePipeline.from_engines(copied).default_guidance_scale == 2.5
 
 
 def test_the_models_own_steps_of_training_are_refused(run):

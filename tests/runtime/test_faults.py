@@ -9,11 +9,16 @@ from tests.runtime.faults import FAULTS, Trial, copying_instead_of_building
 
 
 @pytest.fixture(scope="module")
-def trial():
+def trial(model_folder, engine_folder, up2_folder, fp16_folder):
+    built = [
+        (model_folder, "out", "fp32", engine_folder),
+        (model_folder, "up2", "fp32", up2_folder),
+        (model_folder, "up2", "fp16", fp16_folder),
+    ]
     # pytest's own folders are for their owner alone, and some faults are about rights.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        trial = Trial(Path(folder))
+        trial = Trial(Path(folder), built)
         with copying_instead_of_building(trial.store):
             yield trial
 
