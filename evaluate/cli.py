@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from encache.command import Command, FiniteFloat
+from encache.errors import EncacheError
 from encache.export.build import DTYPES
 from encache.model.features import CUTS, DEFAULT_CUT, Cut
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
@@ -195,6 +196,8 @@ def main(
     from encache.runtime.plan import paper_key_calls as key_calls_of_paper
     from encache.runtime.plan import strides_within
 
+    if (report / "index.html").exists() and not (report / "store").is_dir():
+        raise EncacheError(f"{report} holds a page of something else: choose another --report.")
     models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
     if guidance_scale is None:
         guidance_scale = next(iter(models.values())).checkpoint.guidance_scale

@@ -152,7 +152,7 @@ def local_compute_capability() -> str:
     if not torch.cuda.is_available():
         raise EngineError(
             "PyTorch finds no NVIDIA GPU and driver here. Run engines on the machine that has "
-            "them; to compile for it from here: encache-export --backend tensorrt-rtx --gpu "
-            "rtx-4090."
+            "them; to compile for it from here, add --backend tensorrt-rtx --gpu rtx-4090 to "
+            "encache-export."
         )
     return ".".join(map(str, torch.cuda.get_device_capability()))

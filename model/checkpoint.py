@@ -5,6 +5,7 @@ Needs no torch, so a finished export is recognised at once. `encache.model.loadi
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,13 @@ _INDEX = "model_index.json"
 #: The parts of a diffusers folder that reach an image; a safety checker does not.
 _WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
 _PARTS = ("scheduler", "tokenizer", *_WEIGHTED_PARTS)
+_SUPPORTED = (
+    "encache runs text-to-image checkpoints of Stable Diffusion 1.x and 2.x "
+    "(StableDiffusionPipeline)."
+)
 #: Tensors by which some trainers say that a UNet predicts v, on a schedule without final signal.
-MARKS = _V_PREDICTION, _ZERO_SNR = ("v_pred", "ztsnr")
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
+MARKS = (_V_PREDICTION, _ZERO_SNR)
 #: Of a model that does not name its own, as in diffusers.
 GUIDANCE_SCALE = 7.5
 
@@ -79,7 +85,8 @@ class Checkpoint:
             model = _folder_name(self.folder)
         changes = [lora.path.stem for lora in self.loras]
         changes += [_folder_name(self.vae)] if self.vae else []
-        return "+".join((model, *changes))
+        name = "+".join((model, *changes))
+        return os.fsencode(name).decode(errors="replace")  # a file's name may be any bytes
 
     @property
     def base_name(self) -> str | None:
@@ -131,7 +138,7 @@ class Checkpoint:
         for file in self.files():
             with file.open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
-            total.update(file.name.encode())
+            total.update(os.fsencode(file.name))
         for lora in self.loras:
             total.update(hashlib.sha256(lora.path.read_bytes()).digest())
             total.update(f"lora {lora.scale}".encode())
@@ -184,13 +191,21 @@ def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Ch
     path = Path(ckpt).expanduser()
     refuse_pickle(path)
     if not path.is_file():
+        if path.suffix.lower() == ".safetensors" and not path.is_dir():
+            raise CheckpointError(f"There is no file {path}. Check the path.")
         if base is not None:
             raise CheckpointError(f"{ckpt} is complete in itself; leave out --base {base}.")
         return _find_folder(ckpt, variant)
     if path.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
     names, metadata = read_header(path)
-    found = _find_file(path, names, base or metadata.get("base"), variant)
+    named = metadata.get("base")
+    try:
+        found = _find_file(path, names, base or named, variant)
+    except CheckpointError as error:
+        if base or not named:
+            raise
+        raise CheckpointError(f"{path} names its base {named}: {error} Or give --base.") from error
     prediction = _prediction(names, metadata)
     return replace(found, prediction=prediction, zero_snr=_ZERO_SNR in names)
 
@@ -201,7 +216,11 @@ def _find_file(
     """A safetensors file by its tensors' names, completed by its base."""
     if any(name.startswith("model.diffusion_model.") for name in names):
         _refuse_other_families(path, names)
-        return replace(_find_folder(base, variant) if base else Checkpoint(None), weights=path)
+        if base:
+            return replace(_find_folder(base, variant), weights=path)
+        if variant:
+            raise CheckpointError(f"{path} is one file and has no variants: leave out --variant.")
+        return Checkpoint(None, path)
     if not {"conv_in.weight", "conv_out.weight"} <= set(names):
         lora = any("lora" in name for name in names)
         raise CheckpointError(
@@ -243,12 +262,6 @@ def _refuse_other_families(path: Path, names: Collection[str]) -> None:
     for mark, family in marks.items():
         if any(name.startswith(mark) for name in names):
             raise CheckpointError(f"{path} is {family}; {_SUPPORTED}")
-
-
-_SUPPORTED = (
-    "encache runs text-to-image checkpoints of Stable Diffusion 1.x and 2.x "
-    "(StableDiffusionPipeline)."
-)
 
 
 def _find_folder(folder: str | Path, variant: str) -> Checkpoint:

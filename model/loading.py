@@ -127,7 +127,8 @@ def _load(checkpoint: Checkpoint, dtype: "torch.dtype") -> "StableDiffusionPipel
     folder = str(checkpoint.folder) if checkpoint.folder else None
     options: dict[str, Any] = {
         "dtype": dtype,
-        "safety_checker": None,
+        # Not needed for pictures, and perhaps not even loadable.
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
         "requires_safety_checker": False,
         "use_safetensors": True,
     }
@@ -180,9 +181,15 @@ def _set_schedule(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -
         # Its first timestep must be the last one of the training (arXiv 2305.08891).
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = pipeline.scheduler
+    defaults = _defaults(type(scheduler))
+    if unknown := sorted(changes.keys() - defaults.keys()):
+        raise CheckpointError(
+            f"{checkpoint.weights} was trained on a schedule that ends without signal (ztsnr), and "
+            f"{type(scheduler).__name__} knows no {unknown[0]}: give a --base whose scheduler is a "
+            "DDIMScheduler."
+        )
     # What a config left out is left out again when another solver takes it over, and gets that
     # one's default; but what was repaired since is no default any more.
-    defaults = _defaults(type(scheduler))
     left_out = [
         name
         for name in scheduler.config.get("_use_default_values", ())

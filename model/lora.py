@@ -1,5 +1,6 @@
 """LoRA files, fused into the weights before anything is exported: engines have no adapters."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,12 @@ def find_lora(text: str) -> Lora:
     """
     name, _, number = text.rpartition(":")
     try:
-        lora = Lora(Path(name).expanduser(), float(number)) if name else Lora(Path(text))
+        scale = float(number) if name else 1.0
     except ValueError:  # the colon belongs to the path
-        lora = Lora(Path(text))
+        name, scale = "", 1.0
+    if not math.isfinite(scale):
+        raise CheckpointError(f"The scale in {text} is not a finite number.")
+    lora = Lora(Path(name or text).expanduser(), scale)
     refuse_pickle(lora.path)
     if not lora.path.is_file():
         raise CheckpointError(f"There is no LoRA file at {lora.path}. Check the path.")

@@ -15,8 +15,9 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 from encache.errors import EncacheError
 from encache.files import read_text
 
-#: Endings of what people call pictures, those that photos have first. What this Pillow cannot read
-#: is listed all the same: it shall be named as unreadable, not overlooked.
+#: Endings of what people call pictures. Formats of photos come first, because the first ending
+#: wins where a sample has several pictures. What this Pillow cannot read is listed all the same: it
+#: shall be named as unreadable, not overlooked.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".avif", ".heic", ".heif", ".jxl"),
     *(".bmp", ".dib", ".gif", ".apng", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".mpo"),
@@ -132,7 +133,7 @@ def list_files(folder: Path) -> list[str]:
     Linked folders are looked into, each once however many links lead to it or back up.
     """
     found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         if (place := os.path.realpath(root)) in seen:
             folders.clear()
             continue
@@ -141,6 +142,11 @@ def list_files(folder: Path) -> list[str]:
         inside = Path(root).relative_to(folder)
         found += [(inside / name).as_posix() for name in files if not is_litter(name)]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    """Pictures in a folder that may not be read are not overlooked."""
+    raise error
 
 
 def list_pictures(folder: Path) -> list[str]:

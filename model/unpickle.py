@@ -39,7 +39,9 @@ def read_pickled_tensors(path: Path) -> "dict[str, Tensor]":
 
     try:
         strangers = get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):  # an older format, which must do without
+    except OSError:
+        raise
+    except Exception:  # an older format, or damage that torch.load will name
         strangers = []
     stand_ins = [(type(name, (_Inert,), {}), name) for name in strangers]
     try:
@@ -70,12 +72,16 @@ def _tensors(content: Any) -> "Iterator[tuple[str, Tensor]]":
 @click.argument("target", type=click.Path(path_type=Path))
 def main(source: Path, target: Path) -> None:
     """Write the tensors of the pickle SOURCE to TARGET, a .safetensors file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     check_new(target)
     tensors = read_pickled_tensors(source)
-    with replacing(target) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+    try:
+        with replacing(target) as temporary:
+            save_file(tensors, temporary, {"format": "pt"})
+    except SafetensorError as error:  # its own for a full disk
+        raise CheckpointError(f"{target} could not be written: {reason_of(error)}") from error
     click.echo(target)
 
 

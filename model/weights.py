@@ -10,6 +10,11 @@ from safetensors import SafetensorError, safe_open
 from encache.errors import CheckpointError
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+#: As diffusers and transformers write a model's weights: whole or in shards, plain or a variant.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)"
+    r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<older>\w+))?\.safetensors"
+)
 
 
 def refuse_pickle(path: Path) -> None:
@@ -23,13 +28,6 @@ def refuse_pickle(path: Path) -> None:
         f"{path} is a pickle, and reading a pickle runs whatever code is in it. Take its tensors "
         f"out, which runs nothing: {command}"
     )
-
-
-#: As diffusers and transformers write a model's weights: whole or in shards, plain or a variant.
-_WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model)"
-    r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<older>\w+))?\.safetensors"
-)
 
 
 def weight_files(folder: Path, variant: str) -> list[Path]:

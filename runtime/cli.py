@@ -90,7 +90,11 @@ def _parse_key_calls(
     help=f"1 or less turns it off. Default: the model's own, or {GUIDANCE_SCALE}.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first image."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the first image.",
 )
 @click.option(
     "--num-images", type=click.IntRange(1), default=1, show_default=True, help="Per prompt."
@@ -182,7 +186,9 @@ def main(
     if not wanted and not dry_run:
         raise click.UsageError("Give --prompt, or --prompts-file with a prompt in it.")
     one_folder = (engine_dir / MANIFEST).is_file()
-    _refuse_what_would_be_ignored(engine_dir if one_folder else None, comparing)
+    _refuse_what_would_be_ignored(
+        engine_dir if one_folder else None, comparing, bool(key_calls), backend
+    )
 
     from encache.files import check_new
     from encache.runtime.pipeline import refuse_beyond
@@ -253,10 +259,10 @@ def main(
         **call,
         **policy,
         # As they decide the picture, not as this batch or these engines need them.
-        "stride": stride or min(DEFAULT_STRIDE, plan.num_calls),
+        "stride": None if key_calls else stride or min(DEFAULT_STRIDE, plan.num_calls),
         "max_decode_batch": max_decode_batch,
         "scheduler": full_config(solver),
-        "plan": plan.hash(),
+        "plan": make_plan(solver, steps, **{**policy, "max_decode_batch": None}).hash(),
         "model": model.name,
         "fingerprint": source.fingerprint if source else pipeline.engines.identity["model"],
         "engines": pipeline.engines.identity,
@@ -272,7 +278,9 @@ def _split(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
     return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
-def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -> None:
+def _refuse_what_would_be_ignored(
+    engine_folder: Path | None, comparing: bool, listed: bool, backend: str
+) -> None:
     """Options that another one makes meaningless are refused, never ignored."""
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
     decided = (
@@ -285,6 +293,10 @@ def _refuse_what_would_be_ignored(engine_folder: Path | None, comparing: bool) -
             f"{engine_folder} is one engine folder, so {option} cannot be honoured: leave it out, "
             "or give --engine-dir the folder's parent."
         )
+    if listed and [*typed_options({"stride"})]:
+        raise click.UsageError("--stride means nothing beside --key-calls.")
+    if backend == "torch" and [*typed_options({"engine_dir"})]:
+        raise click.UsageError("--engine-dir means nothing with --backend torch.")
     idle = {"num_images", "batch_size", "output"} if comparing else {"json_path", "repeats"}
     for option in typed_options(idle):
         raise click.UsageError(

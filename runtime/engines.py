@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -184,6 +185,8 @@ class TorchEngines:
             "backend": self.name,
             "cut": cut,
             "dtype": str(pipeline.unet.dtype),
+            "device": pipeline.unet.device.type,
+            "torch": version("torch"),
         }
         self.features = split.features
         self.dtype = pipeline.unet.dtype

@@ -48,7 +48,7 @@ class HonestAttributes:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        ours = name in self.__dict__ or name in vars(type(self))
+        ours = name in self.__dict__ or hasattr(type(self), name)
         if not ours and (name in _COMPONENTS or hasattr(StableDiffusionPipeline, name)):
             if name in _DONE_ANYWAY and value is _DONE_ANYWAY[name]:
                 return

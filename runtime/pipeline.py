@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ class EncachePipeline(HonestAttributes):
             wanted = here.to(*place, **options)
         except (RuntimeError, AssertionError) as error:  # a device that is not there
             raise EncacheError(str(error).partition("\n")[0]) from error
-        if (wanted.device.type, wanted.dtype) != (here.device.type, here.dtype):
+        if (wanted.device, wanted.dtype) != (here.device, here.dtype):
             raise EncacheError(
                 f"This pipeline runs in {self.dtype} on {self.device}, not in {wanted.dtype} on "
                 f"{wanted.device}. Choose when it is opened: from_pretrained(..., dtype=, "
@@ -332,8 +333,9 @@ class EncachePipeline(HonestAttributes):
         )
         text = text.to(self.engines.device, self.engines.dtype)
         text = text.repeat_interleave(num_images_per_prompt, dim=1)
-        noise = self._draw_noise(text.shape[1], height, width, generator, latents)
         rows = text.shape[0] * text.shape[1]
+        with _explaining_want_of_memory(rows):
+            noise = self._draw_noise(text.shape[1], height, width, generator, latents)
         if target := self.engines.target:
             scale = self.spec.downscale
             height, width = (side * scale for side in noise.shape[-2:])
@@ -351,14 +353,9 @@ class EncachePipeline(HonestAttributes):
         )
         guidance = (guidance_scale if guided else None, guidance_rescale)
         self.num_timesteps, self._interrupt = plan.num_calls, False
-        try:
+        with _explaining_want_of_memory(rows):
             latents = self._sample(plan, noise, text, guidance, callback_on_step_end)
             images = self.decode(latents, output_type)
-        except torch.OutOfMemoryError as error:
-            raise EncacheError(
-                f"Memory does not hold one call of {rows} rows (pictures, times two with "
-                "guidance): make fewer or smaller pictures at once."
-            ) from error
         if not return_dict:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
@@ -523,6 +520,20 @@ class _InterruptedError(Exception):
     def __init__(self, latents: Tensor) -> None:
         super().__init__()
         self.latents = latents
+
+
+@contextmanager
+def _explaining_want_of_memory(rows: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # PyTorch has a class of its own for a GPU's memory alone.
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        raise EncacheError(
+            f"Memory does not hold one call of {rows} rows (pictures, times two with guidance): "
+            "make fewer or smaller pictures at once."
+        ) from error
 
 
 def _explain_not_finite(text: Tensor, sampling: Sampling) -> str:

@@ -17,6 +17,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", {}),
 }
 
+#: Of a schedule that ends without signal, which not every solver can follow.
+_ZERO_SNR = "rescale_betas_zero_snr"
+
 
 def full_config(scheduler: Any) -> dict[str, Any]:
     """Every number that decides what a scheduler does, as JSON can hold it.
@@ -36,11 +39,17 @@ def make_scheduler(name: str, model_scheduler: Any) -> Any:
     """The named solver on the noise schedule of the model's own scheduler.
 
     Raises:
-        PlanError: the name is not in `SCHEDULERS`.
+        PlanError: the name is not in `SCHEDULERS`, or the model's schedule not for this solver.
     """
     import diffusers
 
     if name not in SCHEDULERS:
         raise PlanError(f"There is no scheduler {name!r}. Choose one of {', '.join(SCHEDULERS)}.")
     class_name, options = SCHEDULERS[name]
-    return getattr(diffusers, class_name).from_config(model_scheduler.config, **options)
+    made = getattr(diffusers, class_name).from_config(model_scheduler.config, **options)
+    if model_scheduler.config.get(_ZERO_SNR) and not made.config.get(_ZERO_SNR):
+        raise PlanError(
+            f"{name} cannot follow this model's schedule, which ends without signal. Choose ddim, "
+            "dpmsolver++, unipc or euler."
+        )
+    return made

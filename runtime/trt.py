@@ -41,7 +41,7 @@ def refuse_elsewhere(folder: Path, identity: Identity) -> None:
     target = identity.target
     if target is None:
         raise EngineError(f"{folder} does not say what it was compiled for. {REBUILD}")
-    again = f"Compile again here: encache-export --backend {identity.backend}."
+    again = f"Compile it here: encache-export --backend {identity.backend}, with the same --ckpt."
     installed = describe_library(identity.backend)
     if installed != target.library:
         raise EngineError(

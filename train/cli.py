@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from encache.command import Command, FiniteFloat
+from encache.command import Command, FiniteFloat, Text
 from encache.model.features import CUTS, Cut
 
 #: diffusers' training scripts write their options with underscores.
@@ -250,7 +250,10 @@ def emoji(
     help="What the losses are logged for, in --output-dir/logs.",
 )
 @click.option(
-    "--validation-prompt", multiple=True, help="Drawn every --validation-steps; repeatable."
+    "--validation-prompt",
+    type=Text(),
+    multiple=True,
+    help="Drawn every --validation-steps; repeatable.",
 )
 @click.option("--validation-steps", type=click.IntRange(1), default=500, show_default=True)
 @click.option(

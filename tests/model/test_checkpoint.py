@@ -53,6 +53,15 @@ def test_unet_that_names_its_base(model_folder, tmp_path):
     assert_same_weights(load_pipeline(find_checkpoint(path)), make_pipeline())
 
 
+def test_a_base_that_is_gone(tmp_path):
+    path = tmp_path / "fcr.safetensors"
+    save_file(tiny_unet().state_dict(), path, metadata={"base": "/gone/model"})
+    with pytest.raises(
+        CheckpointError, match=r"fcr.safetensors names its base /gone/model.*--base"
+    ):
+        find_checkpoint(path)
+
+
 def test_default_model_loads():
     checkpoint = find_checkpoint()
     pipeline = load_pipeline(checkpoint)
@@ -102,8 +111,10 @@ def test_a_folder_of_pickles_loads_after_the_command_it_is_refused_with(
 def test_missing_path():
     with pytest.raises(CheckpointError, match="no diffusers folder at"):
         find_checkpoint("/no/such/model")
-    with pytest.raises(CheckpointError, match="no diffusers folder at"):
-        find_checkpoint("missing.safetensors")
+    for path in ("missing.safetensors", "runs/missing.safetensors"):  # no hub id
+        for base in (None, "folder"):
+            with pytest.raises(CheckpointError, match=f"There is no file {path}"):
+                find_checkpoint(path, base)
 
 
 def test_hub_id_without_network():

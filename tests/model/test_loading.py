@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from encache.errors import CheckpointError
+from encache.errors import CheckpointError, PlanError
 from encache.export.build import Request, build_engines
 from encache.export.manifest import read_manifest
 from encache.model.checkpoint import find_checkpoint
@@ -208,6 +208,21 @@ def test_a_schedule_that_ends_without_signal(model_folder, tmp_path):
     assert scheduler.alphas_cumprod[-1] == 0
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler"])
+def test_a_solver_that_cannot_follow_such_a_schedule(copied, tmp_path, scheduler):
+    path = tmp_path / "z.safetensors"
+    save_file({**tiny_unet().state_dict(), "ztsnr": torch.tensor([])}, path)
+    ddim = read_outline(find_checkpoint(path, base=copied)).scheduler
+    assert full_config(make_scheduler("euler", ddim))["rescale_betas_zero_snr"]
+    with pytest.raises(PlanError, match="heun cannot follow"):
+        make_scheduler("heun", ddim)
+    edit(copied / "model_index.json", scheduler=["diffusers", scheduler])
+    edit(copied / "scheduler" / "scheduler_config.json", _class_name=scheduler)
+    for open_checkpoint in (read_outline, load_pipeline):
+        with pytest.raises(CheckpointError, match=f"{scheduler} knows no rescale_betas_zero_snr"):
+            open_checkpoint(find_checkpoint(path, base=copied))
 
 
 @pytest.mark.parametrize("lacking", ["first_stage_model.", "cond_stage_model."])

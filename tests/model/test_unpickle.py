@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import sys
 import types
 import zipfile
@@ -88,6 +89,21 @@ def test_mistakes(tmp_path):
     for name in ("text", "plain", "none", "cut", "empty"):
         with pytest.raises(CheckpointError, match=f"{name}.ckpt"):
             read_pickled_tensors(tmp_path / f"{name}.ckpt")
+
+
+def test_damaged_bytes(tmp_path):
+    path = tmp_path / "model.ckpt"
+    draw = random.Random(0)
+    for _ in range(200):
+        torch.save({"state_dict": WEIGHTS, "steps": [1, 2.5, "three"]}, path)
+        content = bytearray(path.read_bytes())
+        start = content.index(b"data.pkl") + 8
+        content[draw.randrange(start, start + 300)] = draw.randrange(256)
+        path.write_bytes(content)
+        try:
+            read_pickled_tensors(path)
+        except CheckpointError as error:
+            assert "model.ckpt" in str(error)  # noqa: PT017
 
 
 def test_nothing_is_overwritten(tmp_path):

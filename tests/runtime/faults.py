@@ -6,7 +6,6 @@ or a wait without end.
 """
 
 import argparse
-import codecs
 import contextlib
 import json
 import os
@@ -29,9 +28,6 @@ from encache.model.checkpoint import find_checkpoint
 from encache.model.features import Cut
 from encache.runtime.cli import main as encache_run
 from tests.conftest import make_pipeline
-
-# Somebody without rights may not be able to read Python's own modules, and this one is found late.
-codecs.lookup("utf-8-sig")
 
 #: Seconds after which a command counts as hanging.
 PATIENCE = 60
@@ -156,7 +152,9 @@ def foreign(folder: Path, draw: random.Random) -> None:
     names = [".DS_Store", "README.md", "._manifest.json", "model.onnx.bak", "Thumbs.db"]
     names += ["added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json"]
     for _ in range(draw.randrange(1, 4)):
-        (draw.choice(places) / draw.choice(names)).write_bytes(draw.randbytes(50))
+        path = draw.choice(places) / draw.choice(names)
+        if not path.exists():
+            path.write_bytes(draw.randbytes(50))
     (folder / "notes").mkdir(exist_ok=True)
 
 
@@ -196,21 +194,25 @@ FAULTS: tuple[Callable[[Path, random.Random], None], ...] = (
 
 
 @contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Raise TimeoutError in a command that hangs; without rights that root would have."""
+def limited(rights: bool) -> Iterator[None]:
+    """Raise TimeoutError in a command that hangs; on request without the rights that root has.
+
+    Somebody without them may not be able to read Python's own modules either, so a command must
+    have run before.
+    """
 
     def give_up(*_: object) -> None:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(PATIENCE)
-    root = os.geteuid() == 0
-    if root:
+    limit = not rights and os.geteuid() == 0
+    if limit:
         os.seteuid(NOBODY)
     try:
         yield
     finally:
-        if root:
+        if limit:
             os.seteuid(0)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -230,7 +232,7 @@ class Trial:
         assert len(set(self.references.values())) == len(self.references)
 
     def draw(
-        self, engines: Path, index: int, alone: bool, dry: bool = False
+        self, engines: Path, index: int, alone: bool, dry: bool = False, rights: bool = True
     ) -> tuple[object, bytes | None]:
         """Run encache-run for one of the store's folders; its result and the picture's pixels."""
         request = self.store.requests[index]
@@ -244,7 +246,7 @@ class Trial:
             arguments += ["--cut", request.cut, "--dtype", request.dtype]
         if dry:
             arguments.append("--dry-run")
-        with limited():
+        with limited(rights):
             result = CliRunner().invoke(encache_run, list(map(str, arguments)))
         picture = output / "a.png"
         pixels = Image.open(picture).tobytes() if picture.exists() else None
@@ -264,7 +266,7 @@ class Trial:
         alone, dry = draw.random() < 0.5, draw.random() < 0.2
         fault(folder, draw)
         try:
-            result, pixels = self.draw(engines, index, alone, dry)
+            result, pixels = self.draw(engines, index, alone, dry, rights=fault is not forbid)
             self.judge(seed, fault.__name__, result, pixels, folder, index, alone, dry)
         finally:
             os.system(f"chmod -R u+rwX {place}")
@@ -276,6 +278,7 @@ class Trial:
         assert result.exception is None or isinstance(result.exception, SystemExit), (
             f"{told} {result.exception!r}"
         )
+        assert name != "foreign" or result.exit_code == 0, told
         if result.exit_code == 0:
             if not dry:
                 # A folder that was exchanged is, alone, simply the other model.

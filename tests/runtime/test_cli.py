@@ -37,8 +37,9 @@ def run(model_folder, engine_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, ckpt=model_folder, engines=engine_folder.parent):
-        defaults = ["--engine-dir", str(engines), "--steps", "10"]
-        defaults += ["--ckpt", str(ckpt)] if ckpt else []
+        defaults = ["--steps", "10", *(["--ckpt", str(ckpt)] if ckpt else [])]
+        if "torch" not in arguments:
+            defaults += ["--engine-dir", str(engines)]
         return CliRunner().invoke(main, [*defaults, *map(str, arguments)])
 
     return run
@@ -121,6 +122,14 @@ def test_a_repeated_command_draws_only_what_is_missing(run, tmp_path, monkeypatc
     assert lost.read_bytes() == content
     del kept[lost]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_how_a_picture_was_batched_does_not_make_it_another(run, tmp_path):
+    for arguments in (("--num-images", 1), ("--num-images", 3), ("--num-images", 3)):
+        result = run("--prompt", "x", *arguments, "--max-decode-batch", 8, "--stride", 5)
+        assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert names == [f"000-x-s{seed}.png" for seed in range(3)]
 
 
 def test_a_foreign_file_in_the_way(run, tmp_path):
@@ -368,6 +377,12 @@ def test_one_engine_folder_has_decided(run, engine_folder, options):
         (("--prompt", "x", "--base", "y"), 1, ["leave out --base"]),
         (("--prompt", "x", "--output", "/proc/none"), 1, ["/proc/none"]),
         (("--prompt", "x", "--max-decode-batch", "1"), 1, ["max_decode_batch"]),
+        (("--prompt", "x", "--seed", str(2**64)), 2, ["--seed"]),
+        (("--prompt", "x", "--stride", "2", "--key-calls", "0,3"), 2, ["--stride", "--key-calls"]),
+        (("--prompt", "x", "--backend", "torch", "--engine-dir", "y"), 2, ["--engine-dir"]),
+        (("--prompt", "x", "--height", "800000", "--width", "800000"), 1, ["Memory"]),
+        (("--prompt", "x", "--lora", "a.safetensors:nan"), 1, ["finite"]),
+        (("--prompt", "x", "--variant", "fp16"), 1, ["fp16"]),
     ],
 )
 def test_mistakes(run, tmp_path, arguments, code, words):
