@@ -152,9 +152,8 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
     with _take(FileLock(engine_dir / f".{folder.name}.lock"), report):
         if finished := find_engines(request, engine_dir):
             return finished
-        for leftover in engine_dir.glob(
-            f"{glob.escape(unfinished)}*"
-        ):  # of a builder that was killed
+        # Of builders that were killed.
+        for leftover in engine_dir.glob(f"{glob.escape(unfinished)}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=engine_dir, prefix=unfinished) as temporary:
             parts = Path(temporary, "engines")
