@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 #: Ends the name of one tensor per layer, in the formats of diffusers, peft and kohya.
 _DOWN = re.compile(r"(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight$")
-_INSTALL = 'pip install "encache[lora]".'
+#: Those two go together; what fits is in pyproject.toml.
+_INSTALL = 'pip install "peft>=0.20" "transformers<5.24"'
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ def fuse(pipeline: "StableDiffusionPipeline", lora: Lora) -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise CheckpointError(f"A LoRA needs peft: {_INSTALL}") from error
+        raise CheckpointError(f"A LoRA needs peft: {_INSTALL}.") from error
     try:
         pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name)
     except Exception as error:  # two libraries, each with exceptions of its own
         reason = reason_of(error)
         if "version of PEFT" in reason:
-            raise CheckpointError(f"{reason.rstrip('.')}: {_INSTALL}") from error
+            raise CheckpointError(f"{reason.rstrip('.')}: {_INSTALL}.") from error
         raise CheckpointError(f"{lora.path} does not fit this model: {reason}") from error
     names, _ = read_header(lora.path)
     num_layers = sum(bool(_DOWN.search(name)) for name in names)

@@ -1,6 +1,7 @@
 """Prompts and captions as a model's text encoder takes them."""
 
 import copy
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,10 @@ def with_length(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel") -> "C
     bounded = copy.deepcopy(tokenizer)
     bounded.model_max_length = length
     return bounded
+
+
+#: A tokenizer keeps the padding and truncation of its latest call, so threads take turns.
+TOKENIZING = threading.Lock()
 
 
 def tokenize(tokenizer: "CLIPTokenizer", texts: Sequence[str]) -> "Tensor":

@@ -29,7 +29,7 @@ from encache.export.target import Target, make_target, most_rows
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
 from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.model.loading import load_pipeline
-from encache.model.text import tokenize, with_length
+from encache.model.text import TOKENIZING, tokenize, with_length
 from encache.progress import progress
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
 from encache.runtime.blend import DEFAULT_BLEND, Blend
@@ -416,14 +416,17 @@ class EncachePipeline(HonestAttributes):
         """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
         _refuse_what_is_no_text(prompts)
         length = self.tokenizer.model_max_length
-        # A concept of textual inversion may be several tokens, which diffusers writes out.
-        expand = TextualInversionLoaderMixin().maybe_convert_prompt
-        prompts = [expand(prompt, self.tokenizer) for prompt in prompts]
-        for prompt, ids in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
+        with TOKENIZING:
+            # A concept of textual inversion may be several tokens, which diffusers writes out.
+            expand = TextualInversionLoaderMixin().maybe_convert_prompt
+            prompts = [expand(prompt, self.tokenizer) for prompt in prompts]
+            whole = self.tokenizer(prompts).input_ids
+            token_ids = tokenize(self.tokenizer, prompts)
+        for prompt, ids in zip(prompts, whole, strict=True):
             if len(ids) > length:
                 lost = self.tokenizer.decode(ids[length - 1 : -1])
                 logger.warning("%r is too long, its end is ignored: %r", prompt[:40], lost)
-        return self.engines.encode_text(tokenize(self.tokenizer, prompts), clip_skip)
+        return self.engines.encode_text(token_ids, clip_skip)
 
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Turn latents [n, 4, h, w] into pictures of the given type."""

@@ -1,5 +1,6 @@
 """The solvers that the command line names; in Python any deterministic scheduler works."""
 
+import inspect
 from typing import Any
 
 from encache.errors import PlanError
@@ -46,10 +47,11 @@ def make_scheduler(name: str, model_scheduler: Any) -> Any:
     if name not in SCHEDULERS:
         raise PlanError(f"There is no scheduler {name!r}. Choose one of {', '.join(SCHEDULERS)}.")
     class_name, options = SCHEDULERS[name]
-    made = getattr(diffusers, class_name).from_config(model_scheduler.config, **options)
-    if model_scheduler.config.get(_ZERO_SNR) and not made.config.get(_ZERO_SNR):
+    scheduler_class = getattr(diffusers, class_name)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    if model_scheduler.config.get(_ZERO_SNR) and _ZERO_SNR not in known:
         raise PlanError(
             f"{name} cannot follow this model's schedule, which ends without signal. Choose ddim, "
             "dpmsolver++, unipc or euler."
         )
-    return made
+    return scheduler_class.from_config(model_scheduler.config, **options)

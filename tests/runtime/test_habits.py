@@ -231,8 +231,11 @@ def test_threads_share_a_pipeline(opened):
     jobs = [(prompt, seed) for prompt in ("red apple", "hot dog") for seed in range(6)]
     wanted = [draw(opened, *job, stride=2) for job in jobs]
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         drawn = list(pool.map(lambda job: draw(opened, *job, stride=2), jobs))
+        texts = [prompt for prompt, _ in jobs] * 40
+        for encoded in pool.map(lambda text: opened.encode_prompts([text, "x"]), texts):
+            assert encoded.shape == (2, 16, 16)
     for one, other in zip(drawn, wanted, strict=True):
         np.testing.assert_array_equal(one, other)
     assert torch.get_num_threads() == threads
