@@ -1,26 +1,20 @@
 """A damaged engine store gives the right picture or one true sentence."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 
 from tests.runtime.faults import FAULTS, Trial, copying_instead_of_building
 
 
 @pytest.fixture(scope="module")
-def trial(model_folder, engine_folder, up2_folder, fp16_folder):
+def trial(tmp_path_factory, model_folder, engine_folder, up2_folder, fp16_folder):
     built = [
         (model_folder, "out", "fp32", engine_folder),
         (model_folder, "up2", "fp32", up2_folder),
         (model_folder, "up2", "fp16", fp16_folder),
     ]
-    # pytest's own folders are for their owner alone, and some faults are about rights.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        trial = Trial(Path(folder), built)
-        with copying_instead_of_building(trial.store):
-            yield trial
+    trial = Trial(tmp_path_factory.mktemp("faults"), built)
+    with copying_instead_of_building(trial.store):
+        yield trial
 
 
 @pytest.mark.parametrize("kind", range(len(FAULTS)), ids=[fault.__name__ for fault in FAULTS])
