@@ -199,7 +199,8 @@ def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Ch
     if path.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a diffusers folder.")
     names, metadata = read_header(path)
-    named = metadata.get("base")
+    # UNet weights alone name their base; in a whole checkpoint the word may mean anything.
+    named = metadata.get("base") if "conv_in.weight" in names else None
     try:
         found = _find_file(path, names, base or named, variant)
     except CheckpointError as error:

@@ -38,6 +38,12 @@ def test_single_file(model_folder, tmp_path):
     assert_same_weights(loaded, make_pipeline(seed=3))
 
 
+def test_a_whole_file_names_no_base(tmp_path):
+    path = tmp_path / "sd.safetensors"
+    save_file(original_state_dict(make_pipeline()), path, metadata={"base": "SD 1.5"})
+    assert find_checkpoint(path).folder is None
+
+
 def test_unet_over_base(model_folder, tmp_path):
     path = tmp_path / "fcr.safetensors"
     save_file(tiny_unet(seed=5).state_dict(), path)
