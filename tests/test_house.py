@@ -17,7 +17,7 @@ MODULES = sorted(
 #: What each floor may import, besides itself and the package root.
 BELOW = {
     "model": set(),
-    "train": {"model"},
+    "train": {"model", "export", "runtime"},
     "export": {"model"},
     "runtime": {"model", "export"},
     "evaluate": {"model", "export", "runtime"},

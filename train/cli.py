@@ -1,21 +1,21 @@
-"""`encache-train`: fine-tune with FCR, or train the default model from its public data."""
+"""`encache-train`: fine-tune for caching, or train the default model from its public data."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
-from encache.command import Command, FiniteFloat, Text
+from encache.command import Command, FiniteFloat
 from encache.model.features import CUTS, Cut
-
-#: diffusers' training scripts write their options with underscores.
-_NAMES = {"token_normalize_func": lambda name: name.replace("_", "-")}
-
-#: Of what a run with --rank prints.
-_USES = (
-    "{0} is the whole UNet: give it to --ckpt of encache-run, encache-export or encache-eval.\n"
-    "{1} is the LoRA alone: give it to --lora of encache-run or encache-export, beside the "
-    "model that was fine-tuned."
+from encache.runtime.blend import BLENDS, Blend
+from encache.runtime.schedulers import SCHEDULERS
+from encache.train.options import (
+    NAMES,
+    check_fcr,
+    common_options,
+    fcr_options,
+    make_fcr,
+    open_model,
 )
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Train Stable Diffusion models whose encoder may be cached."""
 
 
-@main.command(cls=Command, context_settings=_NAMES)
+@main.command(cls=Command, context_settings=NAMES)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -80,26 +80,13 @@ def emoji(
     click.echo(output)
 
 
-@main.command(cls=Command, context_settings=_NAMES)
-@click.option(
-    "--pretrained-model-name-or-path",
-    "pretrained",
-    help="diffusers folder, hub id or .safetensors file. Default: the model that ships with "
-    "encache.",
-)
-@click.option("--base", help="diffusers folder or hub id that completes a .safetensors file.")
+@main.command(cls=Command, context_settings=NAMES)
 @click.option(
     "--train-data-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     required=True,
     help="Pictures with metadata.jsonl or metadata.csv, or with their captions beside them "
     "(0001.txt), .tar shards of img2dataset, or the emoji packages.",
-)
-@click.option(
-    "--output-dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for the weights, the checkpoint, the logs and the validation pictures.",
 )
 @click.option(
     "--cut",
@@ -115,33 +102,7 @@ def emoji(
     show_default=True,
     help="lambda; 0 is plain fine-tuning.",
 )
-@click.option(
-    "--fcr-delta-max", type=click.IntRange(1), help="D_max in training timesteps. Default: 10."
-)
-@click.option(
-    "--fcr-stride",
-    type=click.IntRange(1),
-    help="D_max as this many sampling calls, instead of --fcr-delta-max.",
-)
-@click.option(
-    "--fcr-steps",
-    type=click.IntRange(1),
-    help="Sampling steps that --fcr-stride counts in. Default: 50.",
-)
-@click.option(
-    "--fcr-form",
-    type=click.Choice(("raw", "relative", "spread")),
-    default="raw",
-    show_default=True,
-    help="Squared change of the features, as it is, or relative to their mean square or variance.",
-)
-@click.option(
-    "--fcr-stop-grad",
-    type=click.Choice(("none", "older", "newer")),
-    default="none",
-    show_default=True,
-    help="Side of a pair that is held still; the older is the noisier.",
-)
+@fcr_options
 @click.option(
     "--cached-weight",
     type=FiniteFloat(0),
@@ -149,6 +110,11 @@ def emoji(
     show_default=True,
     help="Also distil the unchanged UNet into calls on extrapolated features, --fcr-stride (or "
     "--fcr-delta-max) apart.",
+)
+@click.option(
+    "--snr-gamma",
+    type=FiniteFloat(0, min_open=True),
+    help="min-SNR weighting; 5 is usual. Default: none.",
 )
 @click.option(
     "--resolution",
@@ -164,145 +130,29 @@ def emoji(
     help="Share of captions left out, for classifier-free guidance.",
 )
 @click.option(
-    "--train-batch-size",
-    type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="Pictures per device and batch.",
-)
-@click.option(
-    "--gradient-accumulation-steps",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Batches per step.",
-)
-@click.option("--max-train-steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--learning-rate", type=FiniteFloat(0), default=1e-5, show_default=True)
-@click.option(
-    "--lr-scheduler",
-    type=click.Choice(("constant", "linear", "cosine")),
-    default="constant",
-    show_default=True,
-    help="How the learning rate falls to zero by the last step, if it does.",
-)
-@click.option(
-    "--lr-warmup-steps",
-    type=click.IntRange(0),
-    default=100,
-    show_default=True,
-    help="Over which the learning rate rises.",
-)
-@click.option("--adam-weight-decay", type=FiniteFloat(0), default=1e-2, show_default=True)
-@click.option("--use-8bit-adam", is_flag=True, help="Needs bitsandbytes and a CUDA GPU.")
-@click.option(
-    "--max-grad-norm",
-    type=FiniteFloat(0),
-    default=1.0,
-    show_default=True,
-    help="0 clips nothing.",
-)
-@click.option(
-    "--snr-gamma",
-    type=FiniteFloat(0, min_open=True),
-    help="min-SNR weighting; 5 is usual. Default: none.",
-)
-@click.option(
-    "--ema-decay",
-    type=FiniteFloat(0, 1),
-    default=0.999,
-    show_default=True,
-    help="Of the averaged weights that are written; 0 writes the last ones.",
-)
-@click.option(
-    "--rank",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Train a LoRA of this rank on the attentions; 0 trains the whole UNet.",
-)
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
-@click.option(
-    "--mixed-precision",
-    type=click.Choice(("no", "fp16", "bf16")),
-    help="Default: accelerate's configuration, or no.",
-)
-@click.option(
-    "--checkpointing-steps",
-    type=click.IntRange(1),
-    default=250,
-    show_default=True,
-    help="Steps between checkpoints.",
-)
-@click.option(
-    "--resume-from-checkpoint",
-    type=click.Choice(("latest", "never")),
-    default="latest",
-    show_default=True,
-    help="Whether to go on from the checkpoint in --output-dir; never starts over and replaces "
-    "what an earlier run left there.",
-)
-@click.option(
-    "--report-to",
-    type=click.Choice(("tensorboard", "none")),
-    default="tensorboard",
-    show_default=True,
-    help="What the losses are logged for, in --output-dir/logs.",
-)
-@click.option(
-    "--validation-prompt",
-    type=Text(),
-    multiple=True,
-    help="Drawn every --validation-steps; repeatable.",
-)
-@click.option("--validation-steps", type=click.IntRange(1), default=500, show_default=True)
-@click.option(
     "--dataloader-num-workers",
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Processes that read pictures; 0 reads them in between.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
+@common_options
 def fcr(
-    pretrained: str | None,
-    base: str | None,
     train_data_dir: Path,
-    output_dir: Path,
     cut: Cut,
     fcr_weight: float,
     fcr_delta_max: int | None,
     fcr_stride: int | None,
     fcr_steps: int | None,
-    fcr_form: Literal["raw", "relative", "spread"],
-    fcr_stop_grad: Literal["none", "older", "newer"],
+    fcr_form: str,
+    fcr_stop_grad: str,
     cached_weight: float,
+    snr_gamma: float | None,
     resolution: int | None,
     random_flip: bool,
     proportion_empty_prompts: float,
-    train_batch_size: int,
-    gradient_accumulation_steps: int,
-    max_train_steps: int,
-    learning_rate: float,
-    lr_scheduler: Literal["constant", "linear", "cosine"],
-    lr_warmup_steps: int,
-    adam_weight_decay: float,
-    use_8bit_adam: bool,
-    max_grad_norm: float,
-    snr_gamma: float | None,
-    ema_decay: float,
-    rank: int,
-    gradient_checkpointing: bool,
-    mixed_precision: str | None,
-    checkpointing_steps: int,
-    resume_from_checkpoint: str,
-    report_to: str,
-    validation_prompt: tuple[str, ...],
-    validation_steps: int,
     dataloader_num_workers: int,
-    seed: int,
-    threads: int | None,
+    **common: Any,
 ) -> None:
     """Fine-tune a UNet for longer strides (FCR).
 
@@ -320,29 +170,16 @@ def fcr(
       encache-train fcr --train-data-dir pictures --fcr-stride 10 \\
           --output-dir runs/fcr
     """
-    if fcr_stride and fcr_delta_max:
-        raise click.UsageError("Give either --fcr-delta-max or --fcr-stride.")
-    if fcr_steps and not fcr_stride:
-        raise click.UsageError("--fcr-steps means nothing without --fcr-stride.")
+    check_fcr(fcr_delta_max, fcr_stride, fcr_steps)
     if cached_weight and not (fcr_stride or fcr_delta_max):
         raise click.UsageError(
             "--cached-weight needs the distance of key calls: give --fcr-stride, or "
             "--fcr-delta-max in training timesteps."
         )
 
-    import torch
-    from accelerate import Accelerator
-
-    from encache.model.checkpoint import find_checkpoint
-    from encache.model.loading import load_pipeline
     from encache.train.data import open_pictures
-    from encache.train.fcr import FCR
-    from encache.train.finetune import Run, fine_tune
-    from encache.train.loop import Recipe
+    from encache.train.fcr import fcr_task
 
-    if threads:
-        torch.set_num_threads(threads)
-    checkpoint = find_checkpoint(pretrained, base)
     pictures = open_pictures(train_data_dir)
     if pictures.num_without_caption:
         click.echo(f"{pictures.num_without_caption} pictures have no caption: skipped.", err=True)
@@ -352,71 +189,275 @@ def fcr(
             "skipped.",
             err=True,
         )
-    try:
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            log_with=None if report_to == "none" else report_to,
-            project_dir=output_dir / "logs",
-        )
-    except ValueError as error:
-        raise click.UsageError(f"--mixed-precision {mixed_precision or ''}: {error}") from error
-    pipeline = load_pipeline(checkpoint)
-    num_timesteps = len(pipeline.scheduler.alphas_cumprod)
-    delta_max = fcr_delta_max or 10
-    if fcr_stride:
-        delta_max = fcr_stride * num_timesteps // (fcr_steps or 50)
-    if not 1 <= delta_max < num_timesteps:
-        raise click.UsageError(
-            f"Pairs of timesteps up to {delta_max} apart do not fit {num_timesteps} training "
-            "timesteps: give another --fcr-delta-max or --fcr-stride."
-        )
-    paths = fine_tune(
-        checkpoint,
-        pipeline,
-        pictures,
-        FCR(
-            weight=fcr_weight,
-            delta_max=delta_max,
-            form=fcr_form,
-            stop_grad=fcr_stop_grad,
-            cut=cut,
-            snr_gamma=snr_gamma,
-            cached_weight=cached_weight,
-            cached_stride=delta_max,
-        ),
-        Run(
-            output=output_dir,
-            resume=resume_from_checkpoint != "never",
-            recipe=Recipe(
-                steps=max_train_steps,
-                learning_rate=learning_rate,
-                warmup=lr_warmup_steps,
-                schedule=lr_scheduler,
-                decay_fraction=1.0,
-                weight_decay=adam_weight_decay,
-                ema_decay=ema_decay,
-                gradient_clip=max_grad_norm,
-                accumulation=gradient_accumulation_steps,
-                checkpoint_every=checkpointing_steps,
-                use_8bit_adam=use_8bit_adam,
-            ),
-            batch_size=train_batch_size,
-            resolution=resolution,
-            caption_dropout=proportion_empty_prompts,
-            flip=random_flip,
-            lora_rank=rank,
-            gradient_checkpointing=gradient_checkpointing,
-            validation_prompts=validation_prompt,
-            validation_every=validation_steps,
-            num_workers=dataloader_num_workers,
-            seed=seed,
-        ),
-        accelerator,
+    opened = open_model(common)
+    settings = make_fcr(
+        opened.num_timesteps,
+        fcr_delta_max=fcr_delta_max,
+        fcr_stride=fcr_stride,
+        fcr_steps=fcr_steps,
+        fcr_form=fcr_form,
+        fcr_stop_grad=fcr_stop_grad,
+        weight=fcr_weight,
+        cut=cut,
+        snr_gamma=snr_gamma,
+        cached_weight=cached_weight,
     )
-    if accelerator.is_main_process:
-        click.echo("\n".join(map(str, paths)))
-        if rank:
-            click.echo(_USES.format(*paths), err=True)
+    task = fcr_task(
+        opened.pipeline,
+        pictures,
+        settings,
+        opened.run,
+        opened.accelerator,
+        resolution=resolution,
+        caption_dropout=proportion_empty_prompts,
+        flip=random_flip,
+        num_workers=dataloader_num_workers,
+    )
+    opened.fine_tune(task)
+
+
+@main.command(cls=Command, context_settings=NAMES)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text file with a prompt per line, drawn from at random; a line that stands there twice "
+    "is drawn twice as often. Default: those of the model that ships with encache, if that is it.",
+)
+@click.option(
+    "--pairs-dir",
+    type=click.Path(path_type=Path),
+    help="Where the teacher's pictures are kept; several runs may share them. Default: pairs in "
+    "--output-dir.",
+)
+@click.option(
+    "--num-pairs",
+    type=click.IntRange(1),
+    default=10000,
+    show_default=True,
+    help="Teacher's pictures to learn from; drawn first as far as they are not there.",
+)
+@click.option(
+    "--pairs-seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the teacher's noise and prompts.",
+)
+@click.option(
+    "--teacher-steps",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Steps of the model's own solver, in full.",
+)
+@click.option(
+    "--teacher-stride",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Run the teacher's UNet at every Nth call and interpolate the noise between: 3 is nearly "
+    "exact and three times as fast.",
+)
+@click.option(
+    "--teacher-batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Teacher's pictures at once.",
+)
+@click.option(
+    "--teacher-backend",
+    type=click.Choice(("torch", "onnxruntime")),
+    default="torch",
+    show_default=True,
+    help="What draws them; onnxruntime is faster on a CPU.",
+)
+@click.option(
+    "--guidance-scale",
+    type=FiniteFloat(),
+    help="Of the teacher. The student learns its result and draws without guidance. Default: the "
+    "model's own.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=4, show_default=True, help="The student's."
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    help="Decoder calls that share an encoder run. Default: all of them.",
+)
+@click.option(
+    "--cut",
+    type=click.Choice([cut for cut in CUTS if cut != "out"]),
+    default="mid",
+    show_default=True,
+    help="What the encoder is: the UNet up to the mid block, or with up blocks 0, 1, 2.",
+)
+@click.option(
+    "--blend",
+    type=click.Choice(BLENDS),
+    default="reuse",
+    show_default=True,
+    help="How the student's calls mix the features of encoder runs.",
+)
+@click.option(
+    "--scheduler",
+    type=click.Choice(tuple(SCHEDULERS)),
+    default="ddim",
+    show_default=True,
+    help="The student's solver.",
+)
+@click.option(
+    "--timestep-spacing",
+    type=click.Choice(("trailing", "leading", "linspace")),
+    default="trailing",
+    show_default=True,
+    help="Of the student; trailing starts from the last training timestep.",
+)
+@click.option(
+    "--latent-weight",
+    type=FiniteFloat(0),
+    default=1.0,
+    show_default=True,
+    help="Of the error against the teacher's latents.",
+)
+@click.option(
+    "--perceptual-weight",
+    type=FiniteFloat(0),
+    default=0.0,
+    show_default=True,
+    help="Of the difference in the features of the unchanged UNet.",
+)
+@click.option(
+    "--vsd-weight",
+    type=FiniteFloat(0),
+    default=0.0,
+    show_default=True,
+    help="Of variational score distillation: sharper than regression on large models, but not "
+    "the teacher's pictures any more.",
+)
+@click.option("--vsd-rank", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--vsd-rate",
+    type=FiniteFloat(0, min_open=True),
+    default=100.0,
+    show_default=True,
+    help="Learning rate of its LoRA, as a multiple of --learning-rate.",
+)
+@click.option(
+    "--fcr-weight",
+    type=FiniteFloat(0),
+    default=0.0,
+    show_default=True,
+    help="lambda of FCR as a further loss; 0 does without.",
+)
+@fcr_options
+@common_options
+def shared(
+    prompts: Path | None,
+    pairs_dir: Path | None,
+    num_pairs: int,
+    pairs_seed: int,
+    teacher_steps: int,
+    teacher_stride: int,
+    teacher_batch_size: int,
+    teacher_backend: str,
+    guidance_scale: float | None,
+    steps: int,
+    stride: int | None,
+    cut: Cut,
+    blend: Blend,
+    scheduler: str,
+    timestep_spacing: str,
+    latent_weight: float,
+    perceptual_weight: float,
+    vsd_weight: float,
+    vsd_rank: int,
+    vsd_rate: float,
+    fcr_weight: float,
+    fcr_delta_max: int | None,
+    fcr_stride: int | None,
+    fcr_steps: int | None,
+    fcr_form: str,
+    fcr_stop_grad: str,
+    **common: Any,
+) -> None:
+    """Fine-tune a UNet for a plan: few encoder runs, each shared by several decoder calls.
+
+    Draws pictures with the full, guided sampler, then teaches the UNet to make the same ones of
+    the same noise with --steps calls that share encoder runs, without guidance. By default that
+    is one encoder run and one batch of four decoder calls. The same command goes on after a stop.
+
+    Prints the path of shared.safetensors, the whole UNet with its plan in the header, which --ckpt
+    of the other commands takes; they then sample by that plan.
+
+    `accelerate launch -m encache.train.cli shared ...` runs it on several devices.
+
+    \b
+    Example:
+      encache-train shared --num-pairs 2000 --teacher-stride 3 --max-train-steps 500 \\
+          --output-dir runs/shared
+    """
+    check_fcr(fcr_delta_max, fcr_stride, fcr_steps)
+    if not (latent_weight or perceptual_weight or vsd_weight):
+        raise click.UsageError(
+            "Without --latent-weight, --perceptual-weight or --vsd-weight nothing says what to "
+            "draw: give one of them."
+        )
+
+    from encache.runtime.pipeline import EncachePipeline
+    from encache.train.pairs import Pairs, make_teacher, read_prompts
+    from encache.train.shared import NUM_HELD_OUT, Shared, make_student, shared_task
+
+    opened = open_model(common)
+    pipeline, run = opened.pipeline, opened.run
+    student = make_student(
+        pipeline.scheduler, scheduler, timestep_spacing, steps, stride, cut, blend
+    )
+    teacher = make_teacher(
+        opened.checkpoint,
+        pipeline,
+        read_prompts(prompts, opened.checkpoint),
+        steps=teacher_steps,
+        guidance_scale=guidance_scale,
+        stride=teacher_stride,
+        seed=pairs_seed,
+        compared_at=student.comparable_calls(pipeline.scheduler, teacher_steps),
+    )
+    fcr_settings = make_fcr(
+        opened.num_timesteps,
+        fcr_delta_max=fcr_delta_max,
+        fcr_stride=fcr_stride,
+        fcr_steps=fcr_steps,
+        fcr_form=fcr_form,
+        fcr_stop_grad=fcr_stop_grad,
+        weight=fcr_weight,
+        cut=cut,
+    )
+    settings = Shared(
+        latent_weight=latent_weight,
+        perceptual_weight=perceptual_weight,
+        vsd_weight=vsd_weight,
+        vsd_rank=vsd_rank,
+        vsd_rate=vsd_rate,
+        guidance_scale=teacher.guidance_scale,
+        fcr=fcr_settings,
+    )
+    pairs = Pairs(pairs_dir or run.output / "pairs", teacher)
+    task = shared_task(pipeline, student, pairs, num_pairs, settings, run, opened.accelerator)
+
+    def open_teacher() -> EncachePipeline:
+        if teacher_backend == "torch":
+            pipeline.to(opened.accelerator.device)
+            return EncachePipeline.from_pipe(pipeline, "out")
+        return EncachePipeline.from_pretrained(
+            common["pretrained"], base=common["base"], cut="out", backend=teacher_backend
+        )
+
+    if settings.needs_pairs:
+        number = num_pairs + NUM_HELD_OUT
+        pairs.draw_missing(number, open_teacher, teacher_batch_size, opened.accelerator)
+    opened.fine_tune(task)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,9 @@ def _write(
     """Write the model in fp16, its names, and pictures of some of them."""
     pipeline.set_progress_bar_config(disable=True)
     transformers.utils.logging.disable_progress_bar()
-    grid = sample_grid(pipeline, names[:: max(1, len(names) // 32)][:32], columns=8)
+    grid = sample_grid(
+        pipeline, names[:: max(1, len(names) // 32)][:32], columns=8, guidance_scale=4.0
+    )
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
             folder = Path(scratch, output.name)

@@ -21,6 +21,14 @@ def target(clean: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: Predicti
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
 
 
+def noise_of(noisy: Tensor, output: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
+    """The noise that the UNet's output on `noisy` [B, 4, h, w] stands for: itself, or v's."""
+    if prediction == "epsilon":
+        return output
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return a.sqrt() * output + (1 - a).sqrt() * noisy
+
+
 def ddim_step(
     noisy: Tensor, output: Tensor, before: Tensor, after: Tensor, prediction: Prediction
 ) -> Tensor:
@@ -33,11 +41,10 @@ def ddim_step(
         prediction: what `output` is.
     """
     a = before.view(-1, 1, 1, 1)
+    noise = noise_of(noisy, output, before, prediction)
     if prediction == "epsilon":
-        noise = output
         clean = (noisy - (1 - a).sqrt() * noise) / a.sqrt()
     else:
-        noise = a.sqrt() * output + (1 - a).sqrt() * noisy
         clean = a.sqrt() * noisy - (1 - a).sqrt() * output
     return add_noise(clean, noise, after)
 

@@ -1,17 +1,22 @@
 """Losses that let the encoder be skipped: consistent features (FCR), and cached distillation."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from encache.model.features import Cut
+from encache.errors import EncacheError
+from encache.model.features import Cut, ImageSpec
 from encache.model.split import SplitUNet
+from encache.model.text import tokenize
+from encache.train.data import Draws, Example, Pictures, Steps, batches
 from encache.train.diffusion import (
     Prediction,
     add_noise,
@@ -20,7 +25,9 @@ from encache.train.diffusion import (
     target,
     weighted_error,
 )
+from encache.train.finetune import Run, Task
 from encache.train.loop import Losses
+from encache.train.validation import sample_grid
 
 Form = Literal["raw", "relative", "spread"]
 StopGrad = Literal["none", "older", "newer"]
@@ -97,6 +104,28 @@ def consistency(
     return torch.stack(differences).mean()
 
 
+#: Runs the encoder on clean latents noised to timesteps [B]; returns its features.
+EncodeNoised = Callable[[Tensor], Sequence[Tensor]]
+
+
+def consistency_over_time(
+    encode: EncodeNoised,
+    older: Sequence[Tensor],
+    timesteps: Tensor,
+    deltas: Tensor,
+    settings: FCR,
+) -> Tensor:
+    """lambda E ||Enc(x_t) - Enc(x_{t-D})||^2 for the features `older` of x_t.
+
+    Args:
+        encode: see `EncodeNoised`; the picture and its noise are those of `older`.
+        timesteps, deltas: t and D [B]. Where t < D the pair ends at 0: the denoising loss still
+            needs the lowest timesteps.
+    """
+    newer = encode((timesteps - deltas).clamp(min=0))
+    return settings.weight * consistency(older, newer, settings.form, settings.stop_grad)
+
+
 def mean_square(tensor: Tensor) -> Tensor:
     """Mean square of every picture's features [B, C, h', w'] -> [B], in float32."""
     return tensor.float().square().mean(dim=(1, 2, 3))
@@ -149,11 +178,13 @@ class FCRObjective(nn.Module):
         weight = min_snr_weight(alpha_bar, settings.snr_gamma, self.prediction)
         terms = {"denoise": weighted_error(predicted, wanted, weight)}
         if settings.weight:
-            # Where t < D the pair ends at 0: the denoising loss still needs the lowest timesteps.
-            timesteps = (batch.timesteps - batch.deltas).clamp(min=0)
-            newer = self._encode(split, self._noised(batch, timesteps), timesteps, batch.text)
-            change = consistency(older, newer, settings.form, settings.stop_grad)
-            terms["fcr"] = settings.weight * change
+            terms["fcr"] = consistency_over_time(
+                lambda t: self._encode(split, self._noised(batch, t), t, batch.text),
+                older,
+                batch.timesteps,
+                batch.deltas,
+                settings,
+            )
         if settings.cached_weight:
             terms["cached"] = settings.cached_weight * self.cached_error(split, older, batch)
         sizes = {
@@ -221,3 +252,123 @@ class FCRObjective(nn.Module):
         if self.recompute:
             return checkpoint(split.decoder, *arguments, use_reentrant=False)
         return split.decoder(*arguments)
+
+
+def fcr_task(
+    pipeline: StableDiffusionPipeline,
+    pictures: Pictures,
+    settings: FCR,
+    run: Run,
+    accelerator: Accelerator,
+    *,
+    resolution: int | None = None,
+    caption_dropout: float = 0.1,
+    flip: bool = False,
+    num_workers: int = 0,
+) -> Task:
+    """Fine-tuning on pictures with `FCRObjective`.
+
+    Args:
+        pipeline: the loaded model.
+        pictures: the data.
+        settings: the loss.
+        resolution: in pixels; by default the model's own, or the smaller of the two.
+        caption_dropout: share of captions left out.
+        flip: mirror half of the pictures.
+        num_workers: processes that read pictures.
+
+    Raises:
+        EncacheError: the model predicts what training does not know, or the resolution is none.
+    """
+    prediction = prediction_of(pipeline)
+    draws = Draws(
+        **_sizes(pipeline, resolution),
+        num_timesteps=len(pipeline.scheduler.alphas_cumprod),
+        delta_max=settings.delta_max,
+        caption_dropout=caption_dropout,
+        flip=flip,
+        seed=run.seed,
+    )
+    steps = Steps(
+        pictures,
+        draws,
+        run.batch_size,
+        run.recipe.accumulation,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    prepare = Preparation(pipeline, accelerator)
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+    objective = FCRObjective(pipeline.unet, alphas_cumprod, prediction, settings)
+    return Task(
+        name="fcr",
+        objective=objective,
+        enable_gradient_checkpointing=objective.enable_gradient_checkpointing,
+        batches=lambda start: map(prepare, batches(steps, start, num_workers)),
+        facts={"data": pictures.fingerprint, "loss": asdict(settings), **asdict(draws)},
+        draw=lambda prompts, seed: sample_grid(
+            pipeline, prompts, columns=8, seed=seed, guidance_scale=4.0
+        ),
+        finish=prepare.report_unreadable,
+    )
+
+
+def prediction_of(pipeline: StableDiffusionPipeline) -> Prediction:
+    """What the model predicts, if training knows it; or raise EncacheError."""
+    prediction = pipeline.scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise EncacheError(
+            f"This model predicts {prediction!r}; training knows epsilon and v_prediction."
+        )
+    return prediction
+
+
+def _sizes(pipeline: StableDiffusionPipeline, resolution: int | None) -> dict[str, Any]:
+    spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    resolution = resolution or min(spec.picture_size)
+    if resolution % spec.downscale:
+        raise EncacheError(f"The resolution must be a multiple of {spec.downscale} pixels.")
+    side = resolution // spec.downscale
+    return {"resolution": resolution, "latent_shape": (spec.channels, side, side)}
+
+
+class Preparation:
+    """Turns examples into what the objective takes, on the device, with the frozen networks."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, accelerator: Accelerator) -> None:
+        self.device = accelerator.device
+        self.dtype = frozen_dtype(accelerator)
+        self.vae = pipeline.vae.to(self.device, self.dtype).requires_grad_(False)
+        self.text_encoder = pipeline.text_encoder.to(self.device, self.dtype).requires_grad_(False)
+        self.tokenizer = pipeline.tokenizer
+        self.unreadable: set[str] = set()
+
+    @torch.no_grad()
+    def __call__(self, examples: Sequence[Example]) -> NoisedBatch:
+        """Encode the pictures and the captions of one batch."""
+        for example in examples:
+            self.unreadable.update(example.unreadable)
+        pixels = torch.stack([one.pixels for one in examples]).to(self.device, self.dtype)
+        # The mean of the posterior, not a draw: its spread is far below the noise that is added.
+        latents = self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+        tokens = tokenize(self.tokenizer, [one.caption for one in examples]).to(self.device)
+        return NoisedBatch(
+            clean=latents.float(),
+            noise=torch.stack([one.noise for one in examples]).to(self.device),
+            timesteps=torch.tensor([one.timestep for one in examples], device=self.device),
+            deltas=torch.tensor([one.delta for one in examples], device=self.device),
+            places=torch.tensor([one.place for one in examples], device=self.device),
+            text=self.text_encoder(tokens)[0].float(),
+        )
+
+    def report_unreadable(self) -> None:
+        """Name the pictures that could not be read, on stderr."""
+        if self.unreadable:
+            some = ", ".join(sorted(self.unreadable)[:10])
+            print(f"Skipped {len(self.unreadable)} unreadable pictures: {some}", file=sys.stderr)
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Of the networks that are not trained: the precision that the run is mixed with."""
+    precisions = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    return precisions.get(accelerator.mixed_precision, torch.float32)

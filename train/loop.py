@@ -110,6 +110,7 @@ def fit(
     accelerator: Accelerator | None = None,
     identity: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> None:
     """Minimise the losses over the trainable parameters of `model`; leave the average in it.
 
@@ -123,6 +124,8 @@ def fit(
         accelerator: processes, device and precision; by default accelerate's choice.
         identity: settings that a checkpoint must share to be gone on from.
         on_step: for logs and validation.
+        rate_of: the multiple of the learning rate with which a parameter, by its name, learns.
+            Parameters of one rate have their gradients clipped together.
 
     Raises:
         EncacheError: the loss or its gradient is not finite (the last checkpoint is kept), or the
@@ -134,7 +137,7 @@ def fit(
     model.to(accelerator.device).train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe))
+    prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe, rate_of))
     run = _Run(checkpoint, identity or {}, parameters, average, optimizer, accelerator)
     start = run.restore(recipe.steps)
     bar = progress(
@@ -147,9 +150,9 @@ def fit(
     source = batches(start)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step)
+            group["lr"] = recipe.learning_rate_at(step) * group["rate"]
         losses = _accumulate(accelerator, prepared, source, compute_losses, recipe.accumulation)
-        norm = accelerator.clip_grad_norm_(parameters.values(), recipe.gradient_clip or math.inf)
+        norm = _clip(accelerator, optimizer, recipe.gradient_clip or math.inf)
         # fp16's scaler skips steps whose gradient overflows, and that is no failure.
         if not math.isfinite(losses["loss"] if accelerator.scaler else losses["loss"] + norm):
             raise EncacheError(
@@ -195,10 +198,16 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         tensor.copy_(source[name])
 
 
-def _make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> Any:
-    values, rate, decay = list(parameters.values()), recipe.learning_rate, recipe.weight_decay
+def _make_optimizer(
+    parameters: Mapping[str, nn.Parameter], recipe: Recipe, rate_of: Callable[[str], float]
+) -> Any:
+    groups: dict[float, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        rate = rate_of(name)
+        groups.setdefault(rate, {"params": [], "rate": rate})["params"].append(parameter)
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if not recipe.use_8bit_adam:
-        return torch.optim.AdamW(values, lr=rate, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(groups.values(), **options, fused=True)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -206,7 +215,15 @@ def _make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> A
             "8-bit Adam needs bitsandbytes and a CUDA GPU: pip install bitsandbytes, or leave out "
             "--use-8bit-adam."
         ) from error
-    return bitsandbytes.optim.AdamW8bit(values, lr=rate, weight_decay=decay)
+    return bitsandbytes.optim.AdamW8bit(groups.values(), **options)
+
+
+def _clip(accelerator: Accelerator, optimizer: Any, largest: float) -> float:
+    """Clip the gradients of each group to a norm of `largest`; return the largest norm found."""
+    # A scaler's gradients are unscaled once, for all groups.
+    accelerator.unscale_gradients(optimizer)
+    norms = [nn.utils.clip_grad_norm_(group["params"], largest) for group in optimizer.param_groups]
+    return max(norm.item() for norm in norms)
 
 
 def _accumulate(

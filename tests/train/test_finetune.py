@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from encache.model.checkpoint import find_checkpoint
 from encache.model.loading import load_pipeline
 from encache.model.lora import find_lora
-from encache.train import finetune
+from encache.train import fcr
 from encache.train.cli import main
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -87,7 +87,7 @@ def test_the_written_file_is_a_checkpoint(arguments, tmp_path, model_folder):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatch):
     train(arguments("whole", "--checkpointing-steps", 2))
-    prepare = finetune._Preparation.__call__
+    prepare = fcr.Preparation.__call__
     calls = 0
 
     def stop(self, examples):
@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypa
         return prepare(self, examples)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune._Preparation, "__call__", stop)
+        patched.setattr(fcr.Preparation, "__call__", stop)
         result = CliRunner().invoke(main, arguments("parts", "--checkpointing-steps", 2))
         assert result.exit_code == 1
     assert not (tmp_path / "parts" / "fcr.safetensors").exists()
@@ -110,7 +110,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypa
 def test_a_finished_run_is_not_repeated(arguments, tmp_path, monkeypatch):
     train(arguments("out"))
     first = load_file(tmp_path / "out" / "fcr.safetensors")
-    monkeypatch.setattr(finetune._Preparation, "__call__", None)  # any further step would fail
+    monkeypatch.setattr(fcr.Preparation, "__call__", None)  # any further step would fail
     train(arguments("out"))
     again = load_file(tmp_path / "out" / "fcr.safetensors")
     torch.testing.assert_close(again, first, rtol=0, atol=0)
