@@ -189,6 +189,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         build_seconds=round(time.perf_counter() - start, 1),
         scratch_bytes=scratch_bytes,
         guidance_scale=request.checkpoint.guidance_scale,
+        preset=request.checkpoint.preset,
     )
     manifest.write(folder)
 

@@ -9,7 +9,7 @@ import click
 from encache.command import Command, echo_path, typed_options
 from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
 from encache.export.library import TENSORRT_BACKENDS
-from encache.export.options import engine_options
+from encache.export.options import engine_options, named_model
 from encache.export.target import (
     DECODE_CALLS,
     GPUS,
@@ -17,6 +17,7 @@ from encache.export.target import (
     make_target,
     parse_span,
     resolve_compute_capabilities,
+    rows_of,
 )
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import Cut, check_size
@@ -62,14 +63,13 @@ _COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "heig
     type=_SPAN,
     default="1",
     show_default=True,
-    help="Guided pictures at once, for TensorRT: one number, which is fastest, or a span like 1:4, "
-    "from one unguided picture to four guided ones.",
+    help="Pictures at once, for TensorRT, guided unless the weights are made for none: one number, "
+    "which is fastest, or a span like 1:4, from one unguided picture to four guided ones.",
 )
 @click.option(
     "--decode-batch",
     type=click.IntRange(1),
-    default=DECODE_CALLS,
-    show_default=True,
+    show_default=f"what the weights' own plan needs, or {DECODE_CALLS}",
     help="Most calls that TensorRT decodes at once, which decides memory; the cut out has none.",
 )
 @click.option("--height", type=_SPAN, help="Pixels, for TensorRT: a number or a span like 512:768.")
@@ -83,17 +83,18 @@ _COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "heig
 )
 def main(
     ckpt: str | None,
+    fast: bool,
     base: str | None,
     variant: str | None,
     loras: tuple[str, ...],
     vae: str | None,
-    cut: Cut,
+    cut: Cut | None,
     dtype: str | None,
     backend: str,
     gpus: tuple[str, ...],
     compute_capabilities: tuple[str, ...],
     batch: Span,
-    decode_batch: int,
+    decode_batch: int | None,
     height: Span | None,
     width: Span | None,
     engine_dir: Path,
@@ -108,7 +109,8 @@ def main(
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
     """
     target = None
-    checkpoint = find_checkpoint(ckpt, base, loras, vae, variant)
+    checkpoint = find_checkpoint(named_model(ckpt, fast), base, loras, vae, variant)
+    cut = cut or checkpoint.cut
     if backend in TENSORRT_BACKENDS:
         check_size(*(height or ()), *(width or ()))
         target = make_target(
@@ -116,7 +118,7 @@ def main(
             backend,
             cut,
             compute_capabilities=resolve_compute_capabilities(backend, gpus, compute_capabilities),
-            rows=(batch[0] if batch[0] < batch[1] else 2 * batch[0], 2 * batch[1]),
+            rows=rows_of(checkpoint, batch),
             decode_calls=decode_batch,
             height=height,
             width=width,

@@ -19,6 +19,7 @@ from encache.export.target import Target
 from encache.files import parse_json
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint
 from encache.model.features import Cut, Feature, ImageSpec
+from encache.model.preset import UNSAID, Preset, parse_preset
 
 MANIFEST = "manifest.json"
 #: What a part's folder holds: a graph with its weights beside it, or a compiled engine.
@@ -87,6 +88,7 @@ class Manifest:
         build_seconds: how long the build took.
         scratch_bytes: GPU memory that each TensorRT engine needs beside its weights.
         guidance_scale: the model's default.
+        preset: how else the model wants to be sampled; folders of an older encache have none.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Manifest:
     build_seconds: float
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
     guidance_scale: float = GUIDANCE_SCALE
+    preset: Preset = UNSAID
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -150,6 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
                 "features": tuple(Feature(**one) for one in data["features"]),
                 "spec": ImageSpec(**_tuples(data["spec"])),
                 "files": {name: FileRecord(**one) for name, one in data["files"].items()},
+                "preset": parse_preset(data.get("preset", {})),
             }
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,11 +1,14 @@
 """The options by which `encache-export` and `encache-run` name the same engines."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+from encache.command import typed_options
 from encache.export.build import DTYPES
+from encache.model.checkpoint import fast_model
 from encache.model.features import CUTS, DEFAULT_CUT
 
 _OPTIONS = (
@@ -13,6 +16,11 @@ _OPTIONS = (
         "--ckpt",
         help="diffusers folder, hub id, single-file or UNet-only .safetensors. "
         "Default: the model that ships with encache.",
+    ),
+    click.option(
+        "--fast",
+        is_flag=True,
+        help="The default model's fine-tuned companion: one encoder run, no guidance.",
     ),
     click.option("--base", help="diffusers folder or hub id that completes a .safetensors file."),
     click.option(
@@ -32,8 +40,7 @@ _OPTIONS = (
     click.option(
         "--cut",
         type=click.Choice(CUTS),
-        default=DEFAULT_CUT,
-        show_default=True,
+        show_default=f"the weights' own, or {DEFAULT_CUT}",
         help="Where the UNet is cut; a later cut caches more of it, out caches all.",
     ),
     click.option(
@@ -43,7 +50,20 @@ _OPTIONS = (
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --ckpt, --base, --variant, --lora, --vae, --cut and --dtype to a command."""
+    """Add --ckpt, --fast, --base, --variant, --lora, --vae, --cut and --dtype to a command."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def named_model(ckpt: str | None, fast: bool) -> str | Path | None:
+    """What the running command's --ckpt or --fast names; None is the default model.
+
+    Raises:
+        click.UsageError: both name one.
+    """
+    if not fast:
+        return ckpt
+    for option in typed_options({"ckpt", "base", "variant"}):
+        raise click.UsageError(f"--fast is a model of its own: leave out {option}.")
+    return fast_model()

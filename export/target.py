@@ -5,6 +5,7 @@ ONNX graphs run anywhere and at any size; TensorRT engines only where and as the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from encache.errors import EngineError
 from encache.export.library import describe_library
@@ -71,12 +72,12 @@ def make_target(
     cut: Cut,
     *,
     compute_capabilities: tuple[str, ...] | None = None,
-    rows: Span = (2, 2),
-    decode_calls: int = DECODE_CALLS,
+    rows: Span | None = None,
+    decode_calls: int | None = None,
     height: Span | None = None,
     width: Span | None = None,
 ) -> Target:
-    """A target, by default for one guided picture of the model's own size on this machine's GPU.
+    """A target, by default for one picture as the model wants it, on this machine's GPU.
 
     Raises:
         EngineError: the library or the GPU is missing, or they do not go together.
@@ -89,11 +90,36 @@ def make_target(
     return Target(
         describe_library(backend),
         compute_capabilities or resolve_compute_capabilities(backend, (), ()),
-        rows,
-        0 if cut == "out" else decode_calls,
+        rows or rows_of(checkpoint),
+        0 if cut == "out" else decode_calls or _longest_segment(checkpoint) or DECODE_CALLS,
         height,
         width,
     )
+
+
+def rows_of(checkpoint: Checkpoint, pictures: Span = (1, 1)) -> Span:
+    """Rows of so many pictures at once: two for each, or one where the model wants no guidance.
+
+    A span of pictures begins with one row for each: without guidance they come too.
+    """
+    least, most = pictures
+    rows_per_picture = 2 if checkpoint.guidance_scale > 1 else 1
+    return least * (rows_per_picture if least == most else 1), most * rows_per_picture
+
+
+def _longest_segment(checkpoint: Checkpoint) -> int | None:
+    """Most calls between two key calls of the model's own plan; None if it says too little.
+
+    At most `DECODE_CALLS`: longer segments are decoded in parts.
+    """
+    preset = checkpoint.preset
+    if preset.stride:
+        return min(preset.stride, DECODE_CALLS)
+    if preset.key_calls and preset.steps:
+        # Some solvers make a few calls more than steps; they cost one more run.
+        ends = pairwise((*preset.key_calls, preset.steps))
+        return min(max(1, *(stop - start for start, stop in ends)), DECODE_CALLS)
+    return None
 
 
 def most_rows(decode_calls: int, rows_per_call: int, asked: int | None) -> int | None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
+from encache.model.features import DEFAULT_CUT, Cut
 from encache.model.lora import Lora, find_lora
+from encache.model.preset import PRESET_KEY, UNSAID, Preset
 from encache.model.vae import check_vae
 from encache.model.weights import (
     choose_variant,
@@ -51,6 +53,11 @@ def default_model() -> Path:
     return Path(str(files("encache.model"))) / "emoji"
 
 
+def fast_model() -> Path:
+    """Its fine-tuned companion: UNet weights that need one encoder run and no guidance."""
+    return default_model() / "shared.safetensors"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A diffusers folder, or a safetensors file with the folder that completes it.
@@ -64,6 +71,7 @@ class Checkpoint:
         variant: of the folder's weights, such as "fp16"; parts without it have plain ones.
         prediction: prediction_type that the weights' header names; None leaves the folder's.
         zero_snr: whether they were trained on a schedule that ends without signal.
+        preset: how UNet weights alone want to be sampled, as far as their header says.
     """
 
     folder: Path | None
@@ -74,6 +82,7 @@ class Checkpoint:
     variant: str = ""
     prediction: str | None = None
     zero_snr: bool = False
+    preset: Preset = UNSAID
 
     @property
     def name(self) -> str:
@@ -101,20 +110,32 @@ class Checkpoint:
         return _hub_id(self.folder) or str(self.folder.resolve())
 
     @property
+    def base(self) -> "Checkpoint":
+        """The model that UNet weights alone complete, with the same LoRAs and autoencoder."""
+        return Checkpoint(self.folder, loras=self.loras, vae=self.vae, variant=self.variant)
+
+    @property
     def index(self) -> Mapping[str, Any]:
         """The folder's model_index.json; empty without a folder."""
         return _read_index(self.folder) if self.folder else {}
 
     @property
     def guidance_scale(self) -> float:
-        """The model's own default, which its model_index.json may name.
+        """The model's own default, which its preset or its model_index.json may name.
 
         diffusers keeps keys with an underscore out of its way.
         """
+        if self.preset.guidance_scale is not None:
+            return float(self.preset.guidance_scale)
         scale = self.index.get("_guidance_scale", GUIDANCE_SCALE)
         if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise CheckpointError(f"{self.folder}: _guidance_scale is no number ({scale!r}).")
         return float(scale)
+
+    @property
+    def cut(self) -> Cut:
+        """Where its UNet is cut, unless asked otherwise."""
+        return self.preset.cut or DEFAULT_CUT
 
     def files(self) -> Iterator[Path]:
         """Every file of the model that determines an image, in a stable order."""
@@ -207,8 +228,15 @@ def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Ch
         if base or not named:
             raise
         raise CheckpointError(f"{path} names its base {named}: {error} Or give --base.") from error
-    prediction = _prediction(names, metadata)
-    return replace(found, prediction=prediction, zero_snr=_ZERO_SNR in names)
+    preset = UNSAID
+    if found.holds == "unet" and PRESET_KEY in metadata:
+        preset = Preset.from_json(metadata[PRESET_KEY], path)
+    return replace(
+        found,
+        prediction=_prediction(names, metadata),
+        zero_snr=_ZERO_SNR in names,
+        preset=preset,
+    )
 
 
 def _find_file(

@@ -14,6 +14,7 @@ from encache.files import parse_json
 from encache.model.checkpoint import MARKS, Checkpoint
 from encache.model.features import ImageSpec
 from encache.model.lora import fuse
+from encache.model.preset import PRESET_KEY
 from encache.model.text import with_length
 from encache.model.vae import replace_vae
 from encache.model.weights import choose_variant, read_header, reason_of
@@ -28,7 +29,7 @@ class Outline:
     """What a model is before its weights are loaded.
 
     Attributes:
-        scheduler: the model's own, a diffusers scheduler.
+        scheduler: the model's own, a diffusers scheduler; its preset's where it has one.
         spec: how its pictures and latents relate.
     """
 
@@ -172,6 +173,41 @@ def _parts_of_the_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> dict[s
     return parts
 
 
+def scheduler_from_config(config: Any) -> Any:
+    """The diffusers scheduler that a config, which may be anybody's, describes with all it needs.
+
+    Raises:
+        ValueError: it does not describe one.
+    """
+    import diffusers
+
+    try:
+        scheduler_class: Any = getattr(diffusers, config["_class_name"])
+    except (KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise ValueError(reason_of(error)) from error
+    if not (
+        isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    ):
+        raise ValueError(f"{config['_class_name']} is no scheduler")
+    try:
+        return scheduler_class.from_config(config)  # type: ignore[attr-defined]
+    except Exception as error:  # a constructor meets whatever the config holds
+        raise ValueError(reason_of(error)) from error
+
+
+def _own_scheduler(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -> Any:
+    """The one that the weights were trained for, or else the folder's."""
+    if checkpoint.preset.scheduler is None:
+        return pipeline.scheduler
+    try:
+        return scheduler_from_config(checkpoint.preset.scheduler)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.weights} names no diffusers scheduler in its header ({PRESET_KEY}: "
+            f"{error}). Fetch the file again, or write it without that key."
+        ) from error
+
+
 def _set_schedule(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -> None:
     """Let the scheduler hold what was repaired, and what the weights' own file says of them."""
     changes: dict[str, Any] = {}
@@ -180,13 +216,15 @@ def _set_schedule(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -
     if checkpoint.zero_snr:
         # Its first timestep must be the last one of the training (arXiv 2305.08891).
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    scheduler = pipeline.scheduler
+    scheduler = _own_scheduler(pipeline, checkpoint)
     defaults = _defaults(type(scheduler))
     if unknown := sorted(changes.keys() - defaults.keys()):
+        remedy = "give a --base whose scheduler is a DDIMScheduler"
+        if checkpoint.preset.scheduler:
+            remedy = f"name another in its header ({PRESET_KEY})"
         raise CheckpointError(
             f"{checkpoint.weights} was trained on a schedule that ends without signal (ztsnr), and "
-            f"{type(scheduler).__name__} knows no {unknown[0]}: give a --base whose scheduler is a "
-            "DDIMScheduler."
+            f"{type(scheduler).__name__} knows no {unknown[0]}: {remedy}."
         )
     # What a config left out is left out again when another solver takes it over, and gets that
     # one's default; but what was repaired since is no default any more.

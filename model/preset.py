@@ -75,6 +75,10 @@ class Preset:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+#: Of a model that says nothing.
+UNSAID = Preset()
+
+
 def parse_preset(data: Any) -> Preset:
     """The preset that parsed JSON describes; null is not said.
 

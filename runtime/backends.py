@@ -8,6 +8,7 @@ from encache.errors import EngineError
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import REBUILD, Manifest, read_verified
 from encache.files import parse_json
+from encache.model.loading import scheduler_from_config
 from encache.runtime.engines import Engines
 
 if TYPE_CHECKING:
@@ -48,23 +49,13 @@ def load_tokenizer(folder: Path, manifest: Manifest) -> "CLIPTokenizer":
 
 
 def load_scheduler(folder: Path, manifest: Manifest) -> Any:
-    """The scheduler of an engine folder, after checking its config."""
-    return scheduler_from_config(read_verified(folder, manifest, SCHEDULER_CONFIG))
-
-
-def scheduler_from_config(config: bytes) -> Any:
-    """The diffusers scheduler that a scheduler_config.json describes.
+    """The scheduler of an engine folder, after checking its config.
 
     Raises:
-        EngineError: it does not describe one.
+        EngineError: it was altered, or describes no scheduler.
     """
-    import diffusers
-
+    config = read_verified(folder, manifest, SCHEDULER_CONFIG)
     try:
-        data = parse_json(config)
-        scheduler: Any = getattr(diffusers, data["_class_name"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return scheduler_from_config(parse_json(config))
+    except ValueError as error:
         raise EngineError(f"{SCHEDULER_CONFIG} names no diffusers scheduler ({error}).") from error
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise EngineError(f"{SCHEDULER_CONFIG} names {scheduler}, which is no scheduler.")
-    return scheduler.from_config(data)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from encache.command import Command, FiniteFloat
 from encache.errors import EncacheError
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines
 from encache.export.library import TENSORRT_BACKENDS
-from encache.export.target import make_target
+from encache.export.target import DECODE_CALLS, make_target
 from encache.model.checkpoint import find_checkpoint
 from encache.model.features import CUTS, Cut, check_size
 from encache.model.loading import load_pipeline
@@ -153,6 +153,7 @@ def main(
                     backend,
                     cut,
                     rows=(task.rows * batch, task.rows * batch),
+                    decode_calls=DECODE_CALLS,
                     height=(height, height) if height else None,
                     width=(width, width) if width else None,
                 )

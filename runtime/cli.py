@@ -1,7 +1,7 @@
 """`encache-run`: from a prompt to pictures, through cached encoder features."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,13 +20,15 @@ from encache.export.build import (
 )
 from encache.export.library import TENSORRT_BACKENDS
 from encache.export.manifest import MANIFEST, Manifest, read_manifest
-from encache.export.options import engine_options
+from encache.export.options import engine_options, named_model
 from encache.export.target import DECODE_CALLS, Span, Target, make_target, most_rows
 from encache.files import read_lines
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
 from encache.model.features import Cut, check_size
+from encache.model.preset import Preset
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.schedulers import SCHEDULERS
+from encache.runtime.settings import DEFAULT_STEPS, resolve
 
 if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
@@ -65,23 +67,30 @@ def _parse_key_calls(
 @click.option(
     "--stride",
     type=click.IntRange(1),
-    help="The encoder runs at every stride-th call; 1 runs it at all. "
-    f"Default: {DEFAULT_STRIDE}, or the number of calls if that is less.",
+    help="The encoder runs at every stride-th call; 1 runs it at all. Default: the weights' own, "
+    f"or {DEFAULT_STRIDE}, or the number of calls if that is less.",
 )
 @click.option(
     "--key-calls",
     callback=_parse_key_calls,
     help="Calls at which the encoder runs, as 0,5,10, or 'paper' for Faster Diffusion's list.",
 )
-@click.option("--blend", type=click.Choice(BLENDS), default=DEFAULT_BLEND, show_default=True)
-@click.option("--prior-noise", is_flag=True, help="Inject prior noise as Faster Diffusion does.")
+@click.option(
+    "--blend",
+    type=click.Choice(BLENDS),
+    show_default=f"the weights' own, or {DEFAULT_BLEND}",
+)
+@click.option(
+    "--prior-noise/--no-prior-noise",
+    default=None,
+    help="Inject prior noise as Faster Diffusion does. Default: as the weights want it, or not.",
+)
 @click.option(
     "--steps",
     "--num-inference-steps",
     "steps",
     type=click.IntRange(1),
-    default=50,
-    show_default=True,
+    show_default=f"the weights' own, or {DEFAULT_STEPS}",
 )
 @click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
 @click.option(
@@ -148,9 +157,9 @@ def main(
     negative_prompt: str,
     stride: int | None,
     key_calls: tuple[int, ...] | Literal["paper"] | None,
-    blend: Blend,
-    prior_noise: bool,
-    steps: int,
+    blend: Blend | None,
+    prior_noise: bool | None,
+    steps: int | None,
     scheduler: str | None,
     guidance_scale: float | None,
     seed: int,
@@ -160,11 +169,12 @@ def main(
     width: int | None,
     max_decode_batch: int | None,
     ckpt: str | None,
+    fast: bool,
     base: str | None,
     variant: str | None,
     loras: tuple[str, ...],
     vae: str | None,
-    cut: Cut,
+    cut: Cut | None,
     dtype: str | None,
     backend: str,
     engine_dir: Path,
@@ -178,7 +188,8 @@ def main(
 
     Prints the pictures' paths. Missing engines are built first. Nothing is overwritten: a picture
     that another one's name would hide gets a number, and a repeated command draws only what is
-    missing.
+    missing. Weights that were trained for one way to sample name it in their header, and what is
+    not typed here follows that.
 
     Example: encache-run --prompt "red apple" --stride 10
     """
@@ -199,9 +210,15 @@ def main(
     check_size(*(side for side in (height, width) if side))
     dtype = dtype or default_dtype(backend)
     seeds = range(seed, seed + (repeats if comparing else num_images))
-    source = None if one_folder else find_checkpoint(ckpt, base, loras, vae, variant)
-    manifest = read_manifest(engine_dir) if one_folder else None
-    pipeline = None
+    model: Checkpoint | Manifest
+    source = manifest = pipeline = None
+    if one_folder:
+        model = manifest = read_manifest(engine_dir)
+        cut = manifest.identity.cut
+    else:
+        named = named_model(ckpt, fast)
+        model = source = find_checkpoint(named, base, loras, vae, variant)
+        cut = cut or source.cut
     if source and source.folder is None:  # a single file alone says nothing until it is loaded
         if backend in TENSORRT_BACKENDS:
             raise CheckpointError(f"{ckpt} alone does not say what to compile: add --base.")
@@ -211,10 +228,18 @@ def main(
         solver = _read_scheduler(source, engine_dir, manifest)
     if scheduler:
         solver = make_scheduler(scheduler, solver)
-    model = manifest or source
-    assert model
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    rows_per_picture = 2 if guidance_scale > 1 else 1
+    wished = Preset(
+        steps=steps,
+        guidance_scale=guidance_scale,
+        stride=stride,
+        blend=blend,
+        prior_noise=prior_noise,
+    )
+    chosen = resolve(wished, model.preset, model.guidance_scale)
+    if key_calls:
+        listed = _resolve_key_calls(key_calls, solver, chosen.steps)
+        chosen = replace(chosen, stride=None, key_calls=listed)
+    rows_per_picture = 2 if chosen.guidance_scale > 1 else 1
     target = manifest.identity.target if manifest else None
     if target and not comparing:
         batch_size = min(batch_size, max(1, target.rows[1] // rows_per_picture))
@@ -224,15 +249,12 @@ def main(
             refuse_beyond(target, rows=size * rows_per_picture, height=height, width=width)
     rows_per_call = len(batches[0]) * rows_per_picture
     policy: dict[str, Any] = {
-        "stride": stride,
-        "key_calls": _resolve_key_calls(key_calls, solver, steps),
-        "blend": blend,
-        "prior_noise": prior_noise,
+        **chosen.policy,
         "max_decode_batch": most_rows(
             _most_calls(target, backend, cut), rows_per_call, max_decode_batch
         ),
     }
-    plan = make_plan(solver, steps, **policy, rows_per_call=rows_per_call)
+    plan = make_plan(solver, chosen.steps, **policy, rows_per_call=rows_per_call)
     if dry_run:
         click.echo(plan.to_json())
         return
@@ -247,8 +269,8 @@ def main(
     default_height, default_width = pipeline.spec.picture_size
     call = {
         "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
+        "num_inference_steps": chosen.steps,
+        "guidance_scale": chosen.guidance_scale,
         "height": height or default_height,
         "width": width or default_width,
     }
@@ -259,10 +281,12 @@ def main(
         **call,
         **policy,
         # As they decide the picture, not as this batch or these engines need them.
-        "stride": None if key_calls else stride or min(DEFAULT_STRIDE, plan.num_calls),
+        "stride": (
+            None if chosen.key_calls else chosen.stride or min(DEFAULT_STRIDE, plan.num_calls)
+        ),
         "max_decode_batch": max_decode_batch,
         "scheduler": full_config(solver),
-        "plan": make_plan(solver, steps, **{**policy, "max_decode_batch": None}).hash(),
+        "plan": make_plan(solver, chosen.steps, **chosen.policy).hash(),
         "model": model.name,
         "fingerprint": source.fingerprint if source else pipeline.engines.identity["model"],
         "engines": pipeline.engines.identity,
@@ -281,10 +305,10 @@ def _split(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
 def _refuse_what_would_be_ignored(
     engine_folder: Path | None, comparing: bool, listed: bool, backend: str
 ) -> None:
-    """Options that another one makes meaningless are refused, never ignored."""
+    """Options that another typed one makes meaningless are refused, never ignored."""
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
     decided = (
-        {"ckpt", "base", "variant", "loras", "vae", "cut", "dtype", "backend", "comparing"}
+        {"ckpt", "fast", "base", "variant", "loras", "vae", "cut", "dtype", "backend", "comparing"}
         if engine_folder
         else set()
     )
@@ -407,8 +431,8 @@ def _read_scheduler(
 
 
 def _resolve_key_calls(
-    key_calls: tuple[int, ...] | Literal["paper"] | None, scheduler: "Scheduler", steps: int
-) -> tuple[int, ...] | None:
+    key_calls: tuple[int, ...] | Literal["paper"], scheduler: "Scheduler", steps: int
+) -> tuple[int, ...]:
     from encache.runtime.plan import paper_key_calls
     from encache.runtime.solver import count_calls
 
@@ -463,21 +487,39 @@ def _compare(
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
 
+    device = pipeline.engines.device
+    gpu = device.type == "cuda"  # there, precision is part of the speed
+    dtype = pipeline.engines.dtype if gpu else None
+    cached = [pipeline]
     if isinstance(pipeline.engines, TorchEngines):
-        plain, cached = pipeline.engines.pipeline, [pipeline]
+        plain = pipeline.engines.pipeline
     else:
-        device = pipeline.engines.device
-        gpu = device.type == "cuda"  # there, precision is part of the speed
-        plain = load_pipeline(source, pipeline.engines.dtype if gpu else None, device)
+        plain = load_pipeline(source, dtype, device)
         cached = [EncachePipeline.from_pipe(plain, cut, capturable=True), pipeline]
-    plain.scheduler = pipeline.scheduler
-    for one in cached:
+    for one in (plain, *cached):
+        one.scheduler = pipeline.scheduler
         one.set_progress_bar_config(disable=True)
+    plain_call, plain_name = call, "diffusers"
+    if source.preset.steps:
+        click.echo(
+            f"{source.name} was trained for few steps, at all calls of which it is no reference: "
+            f"it is compared with its base {source.base.name}.",
+            err=True,
+        )
+        plain = load_pipeline(source.base, dtype, device)
+        plain_name = f"diffusers, {source.base.name}"
+        plain_call = {
+            **call,
+            "num_inference_steps": DEFAULT_STEPS,
+            "guidance_scale": source.base.guidance_scale,
+        }
     height, width = pipeline.latent_size(call["height"], call["width"])
     arithmetic = count_arithmetic(
         plain.unet.config, cut, height, width, plain.tokenizer.model_max_length
     )
-    rows = compare.compare(plain, cached, arithmetic, prompts, seeds, call, policy)
+    rows = compare.compare(
+        plain, cached, arithmetic, prompts, seeds, call, policy, plain_call, plain_name
+    )
     click.echo(compare.format_table(rows))
     if json_path:
         report = {
@@ -485,6 +527,7 @@ def _compare(
             "prompts": list(prompts),
             "seeds": list(seeds),
             "call": call,
+            "plain": {"model": plain_name, "call": plain_call},
             "policy": policy,
             "cut": cut,
             "rows": [asdict(row) for row in rows],

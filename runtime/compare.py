@@ -55,35 +55,43 @@ def compare(
     seeds: Sequence[int],
     call: dict[str, Any],
     policy: dict[str, Any],
+    plain_call: dict[str, Any],
+    plain_name: str = "diffusers",
 ) -> list[Row]:
     """Sample every prompt and seed in every way, interleaved, after one warm-up each.
 
     Args:
-        plain: the undivided model in PyTorch, with the scheduler to use.
-        cached: the pipelines to compare with it, same model and scheduler.
+        plain: the undivided model in PyTorch with the scheduler to use, or the one that its
+            weights were trained from.
+        cached: the pipelines to compare with it, all of one model and scheduler.
         arithmetic: of one row of one call.
         prompts, seeds: every pair is one picture.
-        call: arguments that all share; num_inference_steps, guidance_scale, height and width
+        call: arguments of the cached ones; num_inference_steps, guidance_scale, height and width
             among them.
         policy: the caching policy.
+        plain_call: the same arguments of the plain one; its size is theirs.
+        plain_name: what the table calls it.
     """
-    steps = call["num_inference_steps"]
-    rows_per_call = 2 if call["guidance_scale"] > 1 else 1
+    rows, plain_rows = (2 if one["guidance_scale"] > 1 else 1 for one in (call, plain_call))
+    steps = plain_call["num_inference_steps"]
     full = make_plan(plain.scheduler, steps)
-    plan = make_plan(plain.scheduler, steps, **policy, rows_per_call=rows_per_call)
-    fewer_steps = steps_within(plain.scheduler, steps, _gflop(plan, arithmetic), arithmetic)
+    plan = make_plan(cached[0].scheduler, call["num_inference_steps"], **policy, rows_per_call=rows)
+    budget = _gflop(plan, arithmetic) * rows / plain_rows
+    fewer_steps = steps_within(plain.scheduler, steps, budget, arithmetic)
     fewer = make_plan(plain.scheduler, fewer_steps)
+    fewer_call = {**plain_call, "num_inference_steps": fewer_steps}
 
-    ways: list[tuple[str, Plan, Sampler]] = [
-        (f"diffusers, {full.num_calls} calls", full, _sampler(plain, call)),
+    ways: list[tuple[str, Plan, int, Sampler]] = [
+        (f"{plain_name}, {full.num_calls} calls", full, plain_rows, _sampler(plain, plain_call)),
         *(
-            (f"encache, {one.engines.name}", plan, _sampler(one, {**call, **policy}))
+            (f"encache, {one.engines.name}", plan, rows, _sampler(one, {**call, **policy}))
             for one in cached
         ),
         (
-            f"diffusers, {fewer.num_calls} calls (equal arithmetic)",
+            f"{plain_name}, {fewer.num_calls} calls (equal arithmetic)",
             fewer,
-            _sampler(plain, {**call, "num_inference_steps": fewer_steps}),
+            plain_rows,
+            _sampler(plain, fewer_call),
         ),
     ]
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -92,7 +100,7 @@ def compare(
     size = cached[0].latent_size(call["height"], call["width"])
     shape = (1, cached[0].spec.channels, *size)
     warm_ups = 3 if plain.unet.device.type == "cuda" else 1  # the second may capture a graph
-    for _, _, sampler in ways:
+    for *_, sampler in ways:
         for _ in range(warm_ups):
             sampler(prompts[0], torch.zeros(shape).to(plain.unet.device, plain.unet.dtype))
     for prompt, seed in progress(jobs, desc="compare"):
@@ -100,7 +108,7 @@ def compare(
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(plain.unet.device, plain.unet.dtype)
         reference: np.ndarray | None = None
-        for index, (_, _, sampler) in enumerate(ways):
+        for index, (*_, sampler) in enumerate(ways):
             start = time.perf_counter()
             picture = sampler(prompt, noise)
             seconds[index].append(time.perf_counter() - start)
@@ -115,11 +123,11 @@ def compare(
             spread=(min(times), max(times)),
             encoder_runs=way.num_encoder_runs,
             decoder_runs=way.num_decoder_runs,
-            gflop=_gflop(way, arithmetic) * rows_per_call,
+            gflop=_gflop(way, arithmetic) * num_rows,
             psnr=statistics.fmean(values) if values else None,
             num_images=len(jobs),
         )
-        for (name, way, _), times, values in zip(ways, seconds, psnrs, strict=True)
+        for (name, way, num_rows, _), times, values in zip(ways, seconds, psnrs, strict=True)
     ]
 
 

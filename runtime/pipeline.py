@@ -29,10 +29,11 @@ from encache.export.target import Target, make_target, most_rows
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
 from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.model.loading import load_pipeline
+from encache.model.preset import UNSAID, Preset
 from encache.model.text import TOKENIZING, tokenize, with_length
 from encache.progress import progress
 from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
-from encache.runtime.blend import DEFAULT_BLEND, Blend
+from encache.runtime.blend import Blend
 from encache.runtime.engines import Engines, TorchEngines
 from encache.runtime.habits import (
     HonestAttributes,
@@ -43,6 +44,7 @@ from encache.runtime.habits import (
 from encache.runtime.plan import Decode, Plan, make_plan
 from encache.runtime.replay import Replay
 from encache.runtime.sampler import Guide, Sampling
+from encache.runtime.settings import resolve
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -69,6 +71,7 @@ class EncachePipeline(HonestAttributes):
         tokenizer, scheduler: the model's own; another scheduler may be set later.
         spec: how pictures and latents relate.
         guidance_scale: the model's default.
+        preset: how else the model wants to be sampled, unless asked otherwise.
     """
 
     #: Setting it in a callback stops the run after that call, as in diffusers.
@@ -83,12 +86,14 @@ class EncachePipeline(HonestAttributes):
         scheduler: "Scheduler",
         spec: ImageSpec,
         guidance_scale: float = GUIDANCE_SCALE,
+        preset: Preset = UNSAID,
     ) -> None:
         self.engines = engines
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self.spec = spec
         self.default_guidance_scale = guidance_scale
+        self.preset = preset
         self.image_processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
         self._progress_bar_config: dict[str, Any] = {}
         self._kept: tuple[Any, tuple[Sampling, Replay | None]] | None = None
@@ -157,7 +162,7 @@ class EncachePipeline(HonestAttributes):
         vae: str | Path | None = None,
         variant: str | None = None,
         scheduler: "Scheduler | None" = None,
-        cut: Cut = DEFAULT_CUT,
+        cut: Cut | None = None,
         backend: str = "onnxruntime",
         dtype: str | torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
@@ -174,12 +179,12 @@ class EncachePipeline(HonestAttributes):
             vae: folder or hub id of an autoencoder that replaces the model's own.
             variant: of the folder's weights, such as "fp16".
             scheduler: in place of the model's own.
-            cut: where the UNet is cut.
+            cut: where the UNet is cut; by default where the model wants it, or behind its output.
             backend: "torch", "onnxruntime", "tensorrt-rtx" or "tensorrt".
             dtype: "fp32" or "fp16", or torch's; by default fp32, and fp16 for TensorRT.
             torch_dtype: diffusers' older name of it.
-            target: what to compile TensorRT engines for; by default one guided picture of the
-                model's own size, on this machine's GPU.
+            target: what to compile TensorRT engines for; by default one picture of the model's own
+                size with its own guidance, on this machine's GPU.
             engine_dir: where engine folders are found and built.
             diffusers_options: those that ask for what is done anyway (`safety_checker=None`,
                 `use_safetensors=True`); others are refused.
@@ -189,6 +194,7 @@ class EncachePipeline(HonestAttributes):
         """
         refuse_loading_options(diffusers_options)
         checkpoint = find_checkpoint(model, base, loras, vae, variant)
+        cut = cut or checkpoint.cut
         dtype = _dtype_name(dtype or torch_dtype) or default_dtype(backend)
         if backend == "torch":
             pipeline = cls.from_checkpoint(checkpoint, cut, dtype)
@@ -210,6 +216,7 @@ class EncachePipeline(HonestAttributes):
         pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
         wrapped = cls.from_pipe(pipeline, cut, capturable=True)
         wrapped.default_guidance_scale = checkpoint.guidance_scale
+        wrapped.preset = checkpoint.preset
         return wrapped
 
     @classmethod
@@ -232,7 +239,9 @@ class EncachePipeline(HonestAttributes):
         engines = load_engines(folder, manifest)
         tokenizer = load_tokenizer(folder, manifest)
         scheduler = load_scheduler(folder, manifest)
-        return cls(engines, tokenizer, scheduler, manifest.spec, manifest.guidance_scale)
+        return cls(
+            engines, tokenizer, scheduler, manifest.spec, manifest.guidance_scale, manifest.preset
+        )
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, as in diffusers; `disable=True` silences it."""
@@ -244,7 +253,7 @@ class EncachePipeline(HonestAttributes):
         prompt: Prompt | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -268,8 +277,8 @@ class EncachePipeline(HonestAttributes):
         *,
         stride: int | None = None,
         key_calls: Sequence[int] | None = None,
-        blend: Blend = DEFAULT_BLEND,
-        prior_noise: bool = False,
+        blend: Blend | None = None,
+        prior_noise: bool | None = None,
         max_decode_batch: int | None = None,
     ) -> Any:
         """Make pictures from prompts.
@@ -277,7 +286,7 @@ class EncachePipeline(HonestAttributes):
         Args:
             prompt: one or several.
             height, width: in pixels, divisible by 8; by default the model's own size.
-            num_inference_steps: steps of the full sampler.
+            num_inference_steps: steps of the full sampler; by default the model's own, or 50.
             guidance_scale: classifier-free guidance; 1 or less turns it off. By default the
                 model's own.
             negative_prompt: one for all prompts, or one each.
@@ -295,7 +304,8 @@ class EncachePipeline(HonestAttributes):
                 {"latents"}; it may read but not replace them, and stop the run by setting
                 `_interrupt` on the pipeline.
             callback_on_step_end_tensor_inputs: only "latents" exists here.
-            stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`.
+            stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`. By default
+                the model's own, or every third call and straight lines through the last two.
             max_decode_batch: most rows (calls x images x guidance) in one decoder run; where memory
                 runs short, runs are split further.
 
@@ -318,11 +328,18 @@ class EncachePipeline(HonestAttributes):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise EncacheError("Callbacks receive 'latents'; no other tensor lives between calls.")
-        if guidance_scale is None:
-            guidance_scale = self.default_guidance_scale
-        if not (math.isfinite(guidance_scale) and math.isfinite(guidance_rescale)):
+        wished = Preset(
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            stride=stride,
+            key_calls=None if key_calls is None else tuple(key_calls),
+            blend=blend,
+            prior_noise=prior_noise,
+        )
+        settings = resolve(wished, self.preset, self.default_guidance_scale)
+        if not (math.isfinite(settings.guidance_scale) and math.isfinite(guidance_rescale)):
             raise EncacheError("guidance_scale and guidance_rescale must be finite numbers.")
-        guided = guidance_scale > 1
+        guided = settings.guidance_scale > 1
         text = self._encode_prompts(
             prompt,
             negative_prompt,
@@ -343,15 +360,12 @@ class EncachePipeline(HonestAttributes):
             max_decode_batch = most_rows(target.decode_calls, rows, max_decode_batch)
         plan = make_plan(
             self.scheduler,
-            num_inference_steps,
-            stride=stride,
-            key_calls=key_calls,
-            blend=blend,
-            prior_noise=prior_noise,
+            settings.steps,
+            **settings.policy,
             max_decode_batch=max_decode_batch,
             rows_per_call=rows,
         )
-        guidance = (guidance_scale if guided else None, guidance_rescale)
+        guidance = (settings.guidance_scale if guided else None, guidance_rescale)
         self.num_timesteps, self._interrupt = plan.num_calls, False
         with _explaining_want_of_memory(rows):
             latents = self._sample(plan, noise, text, guidance, callback_on_step_end)
