@@ -261,7 +261,12 @@ def answers(
     variants = [name for name in evaluation.models if name in VARIANTS]
     for question, (reference, full, settings) in questions(variants).items():
         opponents = {
-            one: plain_at_equal_arithmetic(evaluation.models[one.model], evaluation.protocol, one)
+            one: plain_at_equal_arithmetic(
+                evaluation.models,
+                evaluation.protocol,
+                one,
+                plain(one.steps, one.scheduler, one.model),
+            )
             for one in settings
             if not one.plain and one.cut in DEEP and one.model not in VARIANTS
         }

@@ -172,26 +172,31 @@ def main(
 ) -> None:
     """Compare cached sampling with the full sampler and with fewer plain steps, at equal seeds.
 
-    Every checkpoint is sampled with every combination of cut, blend and stride.
+    Every checkpoint is sampled with every combination of cut, blend and stride; one that was
+    trained for a plan (encache-train shared) by that plan alone, beside the model it comes from.
 
     Example: encache-eval --stride 5 --cut mid --cut up2 --report runs/report
     """
-    shipped = not ckpts
     if real and extractor == "none":
         raise click.UsageError("--real needs --extractor.")
     if device and backend != "torch":
         raise click.UsageError(f"--device is for torch; {backend} chooses its own.")
     if base and not any(one.endswith(".safetensors") for one in ckpts):
         raise click.UsageError("--base completes .safetensors files, and no --ckpt is one.")
-    if prompts is None and not shipped:
-        raise click.UsageError("Give --prompts; only the shipped model has its own.")
 
     from encache.evaluate import rows
     from encache.evaluate.real import read_real
     from encache.evaluate.report import write_report
     from encache.evaluate.results import Report
-    from encache.evaluate.settings import Protocol, Setting, cached_settings, read_prompts
+    from encache.evaluate.settings import (
+        Protocol,
+        Setting,
+        cached_settings,
+        own_setting,
+        read_prompts,
+    )
     from encache.model.checkpoint import default_model
+    from encache.model.preset import UNSAID
     from encache.runtime.machine import describe_machine
     from encache.runtime.plan import paper_key_calls as key_calls_of_paper
     from encache.runtime.plan import strides_within
@@ -199,13 +204,21 @@ def main(
     if (report / "index.html").exists() and not (report / "store").is_dir():
         raise EncacheError(f"{report} holds a page of something else: choose another --report.")
     models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
+    if prompts is None and any(one.checkpoint.folder != default_model() for one in models.values()):
+        raise click.UsageError("Give --prompts; only the shipped model has its own.")
     if guidance_scale is None:
         guidance_scale = next(iter(models.values())).checkpoint.guidance_scale
     texts = read_prompts(prompts or default_model() / "prompts.txt")
     protocol = Protocol(
         tuple(texts), num_images, guidance_scale, height, width, batch_size, max_decode_batch
     )
-    fulls = [Setting(label, scheduler or "", steps) for label in models]
+    trained_for = {
+        label: own_setting(label, model.checkpoint)
+        for label, model in models.items()
+        if model.checkpoint.preset != UNSAID
+    }
+    # Weights that were trained for one plan are drawn by it; under another they mean little.
+    fulls = [Setting(one, scheduler or "", steps) for one in models if one not in trained_for]
     first = fulls[0]
     model = models[first.model]
     reference = Setting(first.model, first.scheduler, reference_steps or steps)
@@ -219,8 +232,12 @@ def main(
         [False, True] if prior_noise else [False],
     )
     asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]
+    full_of = {full.model: full for full in fulls}
+    full_of |= dict.fromkeys(trained_for, first)
+    cached += trained_for.values()
     opponents = {
-        one: rows.plain_at_equal_arithmetic(models[one.model], protocol, one) for one in cached
+        one: rows.plain_at_equal_arithmetic(models, protocol, one, full_of[one.model])
+        for one in cached
     }
     listed = list(dict.fromkeys([reference, *fulls, *asked, *opponents.values(), *cached]))
     if dry_run:
@@ -235,7 +252,6 @@ def main(
         size = height or default_height, width or default_width
         pictures = read_real(real, evaluation.extractor, size, evaluation.store)
     _measure(evaluation, listed, reference)
-    full_of = {full.model: full for full in fulls}
     page = write_report(
         Report(
             title=f"Cached sampling of {', '.join(models)}",
@@ -263,16 +279,19 @@ def _open_models(
     device: str | None,
     engine_dir: Path,
 ) -> "dict[str, Model]":
-    """The checkpoints by labels that differ."""
+    """The checkpoints by labels that differ; the first is sampled in full."""
     import torch
 
     from encache.evaluate.sampling import Backend, Model
     from encache.model.checkpoint import find_checkpoint
+    from encache.model.preset import UNSAID
 
     # A folder or hub id is complete in itself, so that it can be compared with its fine-tunings.
     bases = [base if one.endswith(".safetensors") else None for one in ckpts]
     found = [find_checkpoint(*pair) for pair in zip(ckpts, bases, strict=True)]
     found = found or [find_checkpoint()]
+    if found[0].preset != UNSAID:  # what it was trained from, which it is held against
+        found.insert(0, found[0].base)
     names = [one.name for one in found]
     labels = [
         name if names.count(name) == 1 else f"{name}-{index + 1}"

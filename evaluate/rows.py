@@ -1,6 +1,7 @@
 """From measurements to one row per setting: means, intervals, distances, costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -25,12 +26,15 @@ from encache.runtime.compare import steps_within
 SPLITS = 10
 
 
-def plain_at_equal_arithmetic(model: Model, protocol: Protocol, setting: Setting) -> Setting:
-    """The plain sampler with as many steps as the setting's arithmetic buys."""
-    plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, protocol)
-    gflop = arithmetic.total(plan.num_encoder_runs, plan.num_calls)
-    steps = steps_within(model.scheduler(setting), setting.steps, gflop, arithmetic)
-    return Setting(setting.model, setting.scheduler, steps)
+def plain_at_equal_arithmetic(
+    models: Mapping[str, Model], protocol: Protocol, setting: Setting, full: Setting
+) -> Setting:
+    """The full sampler with as many steps as the setting's arithmetic buys."""
+    model = models[full.model]
+    budget = _gflop(models, protocol, setting) / protocol.rows_of(full)
+    arithmetic = model.arithmetic(full.cut, protocol)
+    steps = steps_within(model.scheduler(full), full.steps, budget, arithmetic)
+    return replace(full, steps=steps)
 
 
 def make_row(
@@ -60,8 +64,9 @@ def make_row(
     extracted: Arrays = {}
     if evaluation.extractor or evaluation.clip:
         extracted = evaluation.extract_all(setting)
-    gflop = _gflop(evaluation, setting)
-    plan = evaluation.models[setting.model].plan(setting)
+    models = evaluation.models
+    gflop = _gflop(models, protocol, setting)
+    plan = models[setting.model].plan(setting)
     is_reference = setting == reference
     return Row(
         name=setting.name,
@@ -77,7 +82,7 @@ def make_row(
         encoder_runs=plan.num_encoder_runs,
         num_calls=plan.num_calls,
         gflop=gflop,
-        share=gflop / _gflop(evaluation, full),
+        share=gflop / _gflop(models, protocol, full),
         seconds=median(seconds),
         latent_error=None if is_reference else _interval(pairs["latent_error"], prompts),
         opponent=opponent.name if opponent else None,
@@ -128,9 +133,9 @@ def _interval(values: np.ndarray, prompts: Sequence[str]) -> Interval:
     return Interval(mean, float(low), float(high))
 
 
-def _gflop(evaluation: Evaluation, setting: Setting) -> float:
+def _gflop(models: Mapping[str, Model], protocol: Protocol, setting: Setting) -> float:
     """UNet arithmetic of one picture."""
-    model = evaluation.models[setting.model]
-    plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, evaluation.protocol)
-    rows = 2 if evaluation.protocol.guidance_scale > 1 else 1
-    return rows * arithmetic.total(plan.num_encoder_runs, plan.num_calls)
+    model = models[setting.model]
+    plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, protocol)
+    calls = arithmetic.total(plan.num_encoder_runs, plan.num_calls)
+    return protocol.rows_of(setting) * calls

@@ -192,7 +192,7 @@ class Evaluation:
                 height=self.protocol.height,
                 width=self.protocol.width,
                 num_inference_steps=full.steps,
-                guidance_scale=self.protocol.guidance_scale,
+                guidance_scale=self.protocol.guidance_of(full),
             )
             return {"drift": np.array(json.dumps(asdict(found)))}
 
@@ -222,7 +222,7 @@ class Evaluation:
             height=self.protocol.height,
             width=self.protocol.width,
             num_inference_steps=setting.steps,
-            guidance_scale=self.protocol.guidance_scale,
+            guidance_scale=self.protocol.guidance_of(setting),
             latents=self._noise(pipeline, pictures),
             output_type="latent",
             max_decode_batch=self.protocol.max_decode_batch,
@@ -251,7 +251,7 @@ class Evaluation:
             "device": model.backend.device,
             "prompts": self.protocol.prompts_of(pictures),
             "seeds": [pictures.start, pictures.stop],
-            "guidance_scale": self.protocol.guidance_scale,
+            "guidance_scale": self.protocol.guidance_of(setting),
             "size": [self.protocol.height, self.protocol.width],
         }
 

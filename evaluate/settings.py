@@ -10,8 +10,11 @@ from typing import Any
 
 from encache.errors import EncacheError
 from encache.files import read_lines, read_text
+from encache.model.checkpoint import Checkpoint
 from encache.model.features import DEFAULT_CUT, Cut
+from encache.model.preset import UNSAID
 from encache.runtime.blend import DEFAULT_BLEND, Blend
+from encache.runtime.settings import resolve
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Setting:
         scheduler: option name of the solver; "" for the model's own.
         steps: num_inference_steps.
         cut, blend, stride, key_calls, prior_noise: the caching policy; stride 1 caches nothing.
+        guidance_scale: None for the protocol's.
     """
 
     model: str
@@ -33,6 +37,7 @@ class Setting:
     stride: int = 1
     key_calls: tuple[int, ...] | None = None
     prior_noise: bool = False
+    guidance_scale: float | None = None
 
     @property
     def plain(self) -> bool:
@@ -58,6 +63,8 @@ class Setting:
             keys = self.key_calls and "keys " + " ".join(map(str, self.key_calls))
             words += [self.cut, self.blend, keys or f"stride {self.stride}"]
         words += ["prior noise"] * self.prior_noise
+        if self.guidance_scale is not None:
+            words.append(f"guidance {self.guidance_scale:g}")
         return ", ".join(word for word in words if word)
 
 
@@ -86,6 +93,14 @@ class Protocol:
         starts = range(0, self.num_images, self.batch_size)
         return [range(i, min(i + self.batch_size, self.num_images)) for i in starts]
 
+    def guidance_of(self, setting: Setting) -> float:
+        """The setting's own guidance, or that of all."""
+        return self.guidance_scale if setting.guidance_scale is None else setting.guidance_scale
+
+    def rows_of(self, setting: Setting) -> int:
+        """Rows of the UNet per picture: two with guidance."""
+        return 2 if self.guidance_of(setting) > 1 else 1
+
     def prompts_of(self, pictures: range) -> list[str]:
         """Prompts of the pictures with these indices."""
         return [self.prompts[index % len(self.prompts)] for index in pictures]
@@ -112,6 +127,22 @@ def _coco_captions(path: Path) -> list[str]:
     prompts = [caption for caption in captions if caption]
     random.Random(0).shuffle(prompts)
     return prompts
+
+
+def own_setting(label: str, checkpoint: Checkpoint) -> Setting:
+    """How weights that were trained for a plan want to be sampled, as their header says."""
+    own = resolve(UNSAID, checkpoint.preset, checkpoint.guidance_scale)
+    return Setting(
+        model=label,
+        scheduler="",
+        steps=own.steps,
+        cut=checkpoint.cut,
+        blend=own.blend,
+        stride=own.stride or 1,
+        key_calls=None if own.key_calls is None else tuple(own.key_calls),
+        prior_noise=own.prior_noise,
+        guidance_scale=own.guidance_scale,
+    )
 
 
 def cached_settings(

@@ -10,10 +10,11 @@ from encache.command import Command, FiniteFloat
 from encache.errors import EncacheError
 from encache.export.build import BACKENDS, DTYPES, Request, build_engines
 from encache.export.library import TENSORRT_BACKENDS
-from encache.export.target import DECODE_CALLS, make_target
-from encache.model.checkpoint import find_checkpoint
+from encache.export.target import DECODE_CALLS, Span, make_target, rows_of
+from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.model.features import CUTS, Cut, check_size
 from encache.model.loading import load_pipeline
+from encache.model.preset import UNSAID
 
 #: Names of emoji, which the model that ships with encache draws, and any other too.
 PROMPTS = (
@@ -100,7 +101,8 @@ def main(
 ) -> None:
     """Time full and cached sampling on every backend, beside fewer steps, tomesd and DeepCache.
 
-    Everything is built and warmed up first; then all take turns. Prints a table.
+    Everything is built and warmed up first; then all take turns. Prints a table. Weights that were
+    trained for a plan are timed beside the model that they come from.
 
     Example: encache-bench --sd15-shape --backend torch --backend tensorrt-rtx --compile
     """
@@ -114,10 +116,11 @@ def main(
     from encache.files import check_new, write_json
     from encache.model.random_weights import find_sd15_shape
     from encache.runtime.bench import Row, format_table, matrix_peak, measure
-    from encache.runtime.contenders import Task, assemble
+    from encache.runtime.contenders import Task, Trained, assemble
     from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.plan import paper_key_calls, strides_within
+    from encache.runtime.settings import resolve
     from encache.runtime.solver import count_calls
 
     if json_path:
@@ -126,6 +129,9 @@ def main(
         checkpoint = find_sd15_shape(engine_dir / "sd15-shape")
     else:
         checkpoint = find_checkpoint(ckpt, base)
+    trained = checkpoint if checkpoint.preset != UNSAID else None
+    if trained:  # beside what the model that it was trained from can do
+        checkpoint = trained.base
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
@@ -143,26 +149,44 @@ def main(
     left_out: dict[str, str] = {}
 
     def measure_batch(batch: int) -> tuple[list[Row], dict[str, str]]:
-        def open_backend(backend: str, cut: Cut) -> EncachePipeline:
-            if backend == "torch":
-                return EncachePipeline.from_pipe(pipeline, cut, capturable=True)
+        def open_engines(
+            source: Checkpoint, backend: str, cut: Cut, rows: Span, decode_calls: int | None
+        ) -> EncachePipeline:
             target = None
             if backend in TENSORRT_BACKENDS:
                 target = make_target(
-                    checkpoint,
+                    source,
                     backend,
                     cut,
-                    rows=(task.rows * batch, task.rows * batch),
-                    decode_calls=DECODE_CALLS,
+                    rows=rows,
+                    decode_calls=decode_calls,
                     height=(height, height) if height else None,
                     width=(width, width) if width else None,
                 )
             # Exactly these, not wider ones that happen to be there: they would be slower.
-            request = Request(checkpoint, cut, dtype, backend, target)
+            request = Request(source, cut, dtype, backend, target)
             folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
             return EncachePipeline.from_engines(folder)
 
-        contenders, absent = assemble(pipeline, open_backend, backends, cuts, task, compiling)
+        def open_backend(backend: str, cut: Cut) -> EncachePipeline:
+            if backend == "torch":
+                return EncachePipeline.from_pipe(pipeline, cut, capturable=True)
+            most_rows = task.rows * batch
+            return open_engines(checkpoint, backend, cut, (most_rows, most_rows), DECODE_CALLS)
+
+        def open_trained(backend: str) -> EncachePipeline:
+            assert trained
+            if backend == "torch":
+                return EncachePipeline.from_checkpoint(trained, trained.cut, dtype)
+            return open_engines(
+                trained, backend, trained.cut, rows_of(trained, (batch, batch)), None
+            )
+
+        own = None
+        if trained:
+            settings = resolve(UNSAID, trained.preset, trained.guidance_scale)
+            own = Trained(settings, trained.cut, open_trained)
+        contenders, absent = assemble(pipeline, open_backend, backends, cuts, task, compiling, own)
         if not rows and not any(one.pipeline for one in contenders):
             why = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise EncacheError(f"No backend is left to measure. {why}")
@@ -178,7 +202,7 @@ def main(
         if json_path:
             report = {
                 "machine": describe_machine(),
-                "model": checkpoint.name,
+                "model": (trained or checkpoint).name,
                 "dtype": dtype,
                 "task": asdict(task),
                 "repeats": repeats,

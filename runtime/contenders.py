@@ -16,6 +16,7 @@ from encache.model.features import CUTS, Cut, ImageSpec
 from encache.runtime.compare import steps_within
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
+from encache.runtime.settings import Settings
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -99,6 +100,15 @@ class Task:
         return spec.latent_size(self.height, self.width)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Weights of the same model that were trained for a plan, and how to open them on a backend."""
+
+    settings: Settings
+    cut: Cut
+    open: Callable[[str], EncachePipeline]
+
+
 def assemble(
     pipeline: "StableDiffusionPipeline",
     open_backend: Callable[[str, Cut], EncachePipeline],
@@ -106,6 +116,7 @@ def assemble(
     cuts: Sequence[Cut],
     task: Task,
     compiling: bool,
+    trained: Trained | None = None,
 ) -> tuple[list[Contender], dict[str, str]]:
     """All contenders, the full sampler of diffusers first, and of what is left out the reason.
 
@@ -115,10 +126,14 @@ def assemble(
         backends, cuts: every pair is tried with every policy.
         task: what to draw.
         compiling: also try torch.compile.
+        trained: other weights, which are added on every backend.
     """
     length = pipeline.tokenizer.model_max_length
     size = task.latent_size(pipeline)
-    arithmetic = {cut: count_arithmetic(pipeline.unet.config, cut, *size, length) for cut in cuts}
+    all_cuts = {*cuts, *((trained.cut,) if trained else ())}
+    arithmetic = {
+        cut: count_arithmetic(pipeline.unet.config, cut, *size, length) for cut in all_cuts
+    }
     contenders = [plain(pipeline, task, arithmetic[cuts[0]].full)]
     if compiling:
         contenders.append(compiled(pipeline, contenders[0]))
@@ -134,6 +149,12 @@ def assemble(
                 missing[f"{backend}, cut {cut}"] = str(error)
         if pipelines:
             contenders += cached(pipelines, task, arithmetic)
+        if trained:
+            try:
+                cost = arithmetic[trained.cut]
+                contenders.append(trained_contender(backend, trained, task, cost))
+            except EncacheError as error:
+                missing[f"{backend}, trained weights"] = str(error)
     return contenders, {**absent, **missing}
 
 
@@ -155,6 +176,19 @@ def cached(
     for steps in sorted(fewer, reverse=True):
         call = {**task.call, "num_inference_steps": steps, "stride": 1}
         yield _of(pipelines[cut], f"{steps} steps", call, steps * arithmetic[cut].full * task.rows)
+
+
+def trained_contender(
+    backend: str, trained: Trained, task: Task, arithmetic: Arithmetic
+) -> Contender:
+    """Weights that were trained for a plan, sampled by it."""
+    pipeline, settings = trained.open(backend), trained.settings
+    plan = make_plan(pipeline.scheduler, settings.steps, **settings.policy)
+    rows = 2 if settings.guidance_scale > 1 else 1
+    gflop = rows * arithmetic.total(plan.num_encoder_runs, plan.num_calls)
+    own = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    name = f"trained for {plan.num_encoder_runs} of {plan.num_calls} calls"
+    return _of(pipeline, name, {**task.call, **own, **settings.policy}, gflop)
 
 
 def _of(pipeline: EncachePipeline, sampling: str, call: dict[str, Any], gflop: float) -> Contender:

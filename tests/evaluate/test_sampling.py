@@ -138,14 +138,14 @@ def test_a_row_counts_what_its_plan_runs(evaluation):
 
 def test_the_opponent_has_at_most_the_same_arithmetic(evaluation):
     for setting in (CACHED, Setting("tiny", "", 10, "up2", "extrapolate", 3)):
-        opponent = plain_at_equal_arithmetic(evaluation.models["tiny"], PROTOCOL, setting)
+        opponent = plain_at_equal_arithmetic(evaluation.models, PROTOCOL, setting, FULL)
         ours, theirs = (make_row(evaluation, one, FULL, FULL).gflop for one in (setting, opponent))
         one_more = theirs * (opponent.steps + 1) / opponent.steps
         assert theirs <= ours * (1 + 1e-6) < one_more * (1 + 1e-6)
 
 
 def test_the_ratio_to_the_opponent_is_paired(evaluation):
-    opponent = plain_at_equal_arithmetic(evaluation.models["tiny"], PROTOCOL, CACHED)
+    opponent = plain_at_equal_arithmetic(evaluation.models, PROTOCOL, CACHED, FULL)
     row = make_row(evaluation, CACHED, FULL, FULL, opponent)
     ours, theirs = (
         np.concatenate(
