@@ -68,7 +68,7 @@ def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0)
     with torch.random.fork_rng(devices=[]):
         try:
             inputs, samples = _step_through(scheduler, num_steps, prior_noise, basis)
-        except (ArithmeticError, LookupError, ValueError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             # The last steps of some solvers lie outside the schedule that they are made for.
             raise PlanError(
                 f"{type(scheduler).__name__} cannot make {num_steps} steps on a schedule of "
@@ -96,7 +96,7 @@ def _prepare(scheduler: Scheduler, num_steps: int) -> Scheduler:
     fresh = copy.deepcopy(scheduler)
     try:
         fresh.set_timesteps(num_steps)
-    except (ValueError, IndexError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise PlanError(f"{type(scheduler).__name__} refuses {num_steps} steps: {error}") from error
     return fresh
 

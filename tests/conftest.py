@@ -7,9 +7,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import that reads it
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from encache.model.checkpoint import find_checkpoint
 from encache.model.features import DEFAULT_CUT
+from encache.model.preset import PRESET_KEY, Preset
+from encache.runtime.schedulers import full_config
 from encache.train.text import train_tokenizer
 
 torch.set_num_threads(2)
@@ -43,6 +47,26 @@ def stable_diffusion_scheduler(**changes):
         "steps_offset": 1,
     }
     return DDIMScheduler(**{**config, **changes})
+
+
+#: One encoder run, four decoder calls, no guidance: as weights may be trained for.
+ONE_SEGMENT = Preset(
+    scheduler=full_config(stable_diffusion_scheduler(timestep_spacing="trailing")),
+    steps=4,
+    guidance_scale=1.0,
+    cut="mid",
+    stride=4,
+    blend="reuse",
+    prior_noise=False,
+)
+
+
+def save_tuned(folder, base, preset, **metadata):
+    """A checkpoint of UNet weights, other than the tiny model's, that say how to sample them."""
+    path = folder / "tuned.safetensors"
+    header = {"base": str(base), PRESET_KEY: preset.to_json(), **metadata}
+    save_file(tiny_unet(seed=1).state_dict(), path, header)
+    return find_checkpoint(path)
 
 
 def make_pipeline(seed=0, **unet_changes):
@@ -128,7 +152,6 @@ def only_text_encoder(monkeypatch):
 
 def build(model_folder, tmp_path_factory, cut, dtype="fp32"):
     from encache.export.build import Request, build_engines
-    from encache.model.checkpoint import find_checkpoint
 
     request = Request(find_checkpoint(model_folder), cut, dtype)
     return build_engines(request, tmp_path_factory.mktemp("engines"))

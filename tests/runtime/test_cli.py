@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,11 +23,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from encache import files
+from encache.export.cli import main as export
 from encache.export.manifest import read_manifest
+from encache.model.checkpoint import DEFAULT_MODEL_NAME, default_model, fast_model
+from encache.model.preset import PRESET_KEY, Preset
 from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
+from tests.conftest import ONE_SEGMENT, save_tuned
 
 PROGRAM = [sys.executable, "-c", "from encache.runtime.cli import main; main()"]
 
@@ -272,6 +277,144 @@ def test_the_guidance_of_an_engine_folder_is_its_models(run, engine_folder, tmp_
     result = run("--prompt", "x", ckpt=None, engines=copied)
     assert read_metadata(tmp_path / result.stdout.strip())["guidance_scale"] == 2.5
     assert EncachePipeline.from_engines(copied).default_guidance_scale == 2.5
+
+
+@pytest.fixture
+def tuned(model_folder, tmp_path):
+    """The path of weights that say how to sample them."""
+    return save_tuned(tmp_path, model_folder, ONE_SEGMENT).weights
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Call encache-run on one prompt with nothing but what is given; returns the metadata."""
+    monkeypatch.chdir(tmp_path)
+
+    def draw(*arguments):
+        result = CliRunner().invoke(main, ["--prompt", "hot dog", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return read_metadata(tmp_path / result.stdout.strip())
+
+    return draw
+
+
+SAID = {
+    "num_inference_steps": 4,
+    "guidance_scale": 1.0,
+    "stride": 4,
+    "key_calls": None,
+    "blend": "reuse",
+    "prior_noise": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("typed", "changes"),
+    [
+        ((), {}),
+        (("--steps", 6), {"num_inference_steps": 6}),
+        (("--steps", 2), {"num_inference_steps": 2, "stride": 2}),
+        (("--guidance-scale", 3), {"guidance_scale": 3.0}),
+        (("--stride", 2), {"stride": 2}),
+        (("--key-calls", "0,1"), {"stride": None, "key_calls": [0, 1]}),
+        (
+            ("--key-calls", "paper", "--steps", 20),
+            {"stride": None, "key_calls": [0, 1, 2, 3, 5, 10, 15], "num_inference_steps": 20},
+        ),
+        (("--blend", "extrapolate"), {"blend": "extrapolate"}),
+        (("--prior-noise",), {"prior_noise": True}),
+    ],
+)
+def test_weights_are_drawn_as_they_say_unless_told_otherwise(tuned, draw, typed, changes):
+    data = draw("--ckpt", tuned, "--backend", "torch", *typed)
+    assert {key: data[key] for key in SAID} == {**SAID, **changes}
+    assert data["scheduler"]["timestep_spacing"] == "trailing"
+    assert data["engines"]["cut"] == "mid"
+
+
+def test_other_places_and_solvers_than_the_weights_want(tuned, draw):
+    data = draw("--ckpt", tuned, "--backend", "torch", "--cut", "up1", "--scheduler", "euler")
+    assert data["engines"]["cut"] == "up1"
+    assert data["scheduler"]["_class_name"] == "EulerDiscreteScheduler"
+    assert data["num_inference_steps"] == 4
+
+
+def test_key_calls_that_the_weights_name_give_way_to_a_stride(model_folder, tmp_path, draw):
+    preset = Preset(steps=6, key_calls=(0, 4), prior_noise=True)
+    path = save_tuned(tmp_path, model_folder, preset).weights
+    command = ("--ckpt", path, "--backend", "torch")
+    assert draw(*command)["key_calls"] == [0, 4]
+    data = draw(*command, "--stride", 3, "--no-prior-noise")
+    assert (data["stride"], data["key_calls"], data["prior_noise"]) == (3, None, False)
+
+
+def test_the_plan_of_the_weights_is_what_a_dry_run_prints(tuned):
+    plan = json.loads(CliRunner().invoke(main, ["--ckpt", str(tuned), "--dry-run"]).stdout)
+    assert plan["timesteps"] == [999, 749, 499, 249]
+    assert plan["key_calls"] == [0]
+    assert [step["stop"] for step in plan["steps"] if "stop" in step] == [4]
+
+
+def test_an_engine_folder_draws_as_its_weights_say(tuned, draw, tmp_path):
+    result = CliRunner().invoke(export, ["--ckpt", str(tuned), "--engine-dir", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    expected = draw("--ckpt", tuned, "--backend", "torch", "--output", "torch.png")
+    tuned.unlink()
+    data = draw("--engine-dir", result.stdout.strip(), "--output", "onnx.png")
+    assert {key: data[key] for key in SAID} == SAID
+    assert data["plan"] == expected["plan"]
+    ours, theirs = (
+        np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("onnx", "torch")
+    )
+    assert np.abs(ours - theirs).max() <= 1
+    data = draw("--engine-dir", result.stdout.strip(), "--stride", 2, "--guidance-scale", 2)
+    assert (data["stride"], data["guidance_scale"]) == (2, 2.0)
+
+
+def test_weights_of_few_steps_are_compared_with_their_base(tuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--ckpt", str(tuned), "--backend", "torch", "--prompt", "x", "--compare"]
+    result = CliRunner().invoke(main, [*command, "--repeats", "1", "--json", "report.json"])
+    assert result.exit_code == 0, result.output
+    assert "compared with its base tiny" in result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    full, cached, fewer = report["rows"]
+    assert full["name"] == "diffusers, tiny, 50 calls"
+    assert (full["encoder_runs"], cached["encoder_runs"], cached["decoder_runs"]) == (50, 1, 1)
+    assert report["plain"]["call"]["guidance_scale"] == 7.5
+    assert report["call"]["guidance_scale"] == 1.0
+    # One picture is one row with these weights and two with their base.
+    assert full["gflop"] / full["encoder_runs"] == pytest.approx(fewer["gflop"])
+    assert cached["gflop"] < 2 * fewer["gflop"]
+
+
+@pytest.fixture
+def companion(tmp_path, monkeypatch):
+    """A stand-in for the default model's fine-tuned companion: its own weights, with a plan."""
+    path = tmp_path / "shared.safetensors"
+    weights = load_file(default_model() / "unet" / "diffusion_pytorch_model.safetensors")
+    header = {"base": DEFAULT_MODEL_NAME, PRESET_KEY: ONE_SEGMENT.to_json()}
+    save_file(weights, path, header)
+    monkeypatch.setattr("encache.export.options.fast_model", lambda: path)
+    return path
+
+
+def test_fast(companion, draw):
+    data = draw("--fast", "--backend", "torch")
+    assert data["model"] == companion.stem
+    assert {key: data[key] for key in SAID} == SAID
+    assert (data["height"], data["width"]) == (64, 64)
+
+
+def test_fast_is_a_model(run, companion, engine_folder):
+    assert fast_model() == default_model() / companion.name
+    assert_one_sentence(run("--prompt", "x", "--fast"), 2, "--fast", "--ckpt")
+    result = run("--prompt", "x", "--fast", "--base", "y", ckpt=None)
+    assert_one_sentence(result, 2, "--fast", "--base")
+    result = run("--prompt", "x", "--fast", ckpt=None, engines=engine_folder)
+    assert_one_sentence(result, 2, "one engine folder", "--fast")
+    result = CliRunner().invoke(export, ["--fast", "--ckpt", "y"])
+    assert_one_sentence(result, 2, "--fast", "--ckpt")
 
 
 def test_the_models_own_steps_of_training_are_refused(run):

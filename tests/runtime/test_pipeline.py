@@ -1,5 +1,7 @@
 """Every key call equals diffusers; encoder propagation equals its formula."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,7 +16,14 @@ from encache.runtime.engines import TorchEngines
 from encache.runtime.pipeline import EncachePipeline, make_guide
 from encache.runtime.plan import PAPER_KEY_CALLS, make_plan
 from encache.runtime.sampler import Sampling
-from tests.conftest import TEXT_WIDTH, make_pipeline
+from tests.conftest import (
+    ONE_SEGMENT,
+    TEXT_WIDTH,
+    make_pipeline,
+    save_tuned,
+    stable_diffusion_scheduler,
+    tiny_unet,
+)
 from tests.runtime.solvers import NAMES, solver
 
 STEPS = 10
@@ -303,6 +312,83 @@ def test_from_pretrained_builds_and_opens(model_folder, engine_folder, pipeline)
         assert_close(latents(ours, stride=1), latents(pipeline), 1e-3)
     ours = EncachePipeline.from_single_file(model_folder, backend="torch", cut="mid")
     assert_close(latents(ours, stride=1), latents(pipeline))
+
+
+@pytest.fixture
+def tuned(model_folder, tmp_path):
+    """A checkpoint that says how to sample it, opened, and the same model that says nothing."""
+    path = save_tuned(tmp_path, model_folder, ONE_SEGMENT).weights
+    silent = make_pipeline()
+    silent.unet = tiny_unet(seed=1)
+    return EncachePipeline.from_pretrained(path, backend="torch"), silent
+
+
+def test_weights_are_sampled_as_they_say(tuned):
+    ours, silent = tuned
+    plain = EncachePipeline.from_pipe(silent, "mid")
+    plain.scheduler = stable_diffusion_scheduler(timestep_spacing="trailing")
+    asked = {"num_inference_steps": 4, "stride": 4, "blend": "reuse", "guidance_scale": 1.0}
+    expected = latents(plain, **asked)
+    assert_close(latents(ours, num_inference_steps=None), expected, 1e-6)
+    assert ours.num_timesteps == 4
+    assert not torch.allclose(latents(plain, **{**asked, "stride": 2}), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_inference_steps": 8},
+        {"guidance_scale": 3.0},
+        {"stride": 2},
+        {"key_calls": [0, 1]},
+        {"blend": "extrapolate", "stride": 2},
+        {"prior_noise": True},
+    ],
+)
+def test_what_is_asked_for_goes_before_what_weights_say(tuned, asked):
+    ours, silent = tuned
+    plain = EncachePipeline.from_pipe(silent, "mid")
+    plain.scheduler = ours.scheduler
+    said = {"num_inference_steps": 4, "stride": 4, "blend": "reuse", "guidance_scale": 1.0}
+    if "key_calls" in asked:
+        del said["stride"]
+    expected = latents(plain, **{**said, **asked})
+    actual = latents(ours, **{"num_inference_steps": None, **asked})
+    assert_close(actual, expected, 1e-6)
+    assert not torch.allclose(actual, latents(ours, num_inference_steps=None), atol=1e-4)
+
+
+def test_fewer_steps_than_the_stride_of_the_weights(tuned):
+    ours, _ = tuned
+    expected = latents(ours, num_inference_steps=2, stride=2)
+    assert_close(latents(ours, num_inference_steps=2), expected, 1e-6)
+
+
+def test_the_cut_and_the_scheduler_of_the_weights_give_way(model_folder, tmp_path):
+    path = save_tuned(tmp_path, model_folder, ONE_SEGMENT).weights
+    scheduler = solver("euler")
+    ours = EncachePipeline.from_pretrained(path, backend="torch", cut="up1", scheduler=scheduler)
+    assert ours.scheduler is scheduler
+    assert ours.engines.features == TorchEngines(ours.engines.pipeline, "up1").features
+    assert ours.preset == ONE_SEGMENT
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"blend": "magic"}, "no blend 'magic'"),
+        ({"stride": None, "key_calls": (1, 2)}, "must start at 0"),
+        ({"stride": None, "key_calls": (0, 7)}, "beyond the last of 4 calls"),
+        ({"steps": 5000}, "between 1 and 1000 steps"),
+        ({"scheduler": {"_class_name": "EulerAncestralDiscreteScheduler"}}, "deterministic"),
+        ({"scheduler": {"_class_name": "DDIMScheduler", "steps_offset": "1"}}, "refuses 4 steps"),
+    ],
+)
+def test_what_weights_say_must_fit_together(model_folder, tmp_path, changes, reason):
+    path = save_tuned(tmp_path, model_folder, replace(ONE_SEGMENT, **changes)).weights
+    ours = EncachePipeline.from_pretrained(path, backend="torch")
+    with pytest.raises(EncacheError, match=reason):
+        ours("red apple")
 
 
 def test_an_onnx_runtime_too_old_for_a_gpu(engine_folder, monkeypatch):
