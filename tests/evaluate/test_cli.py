@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from encache.evaluate.cli import main
+from encache.evaluate.sampling import relative_error
+from encache.runtime.pipeline import EncachePipeline
+from tests.conftest import ONE_SEGMENT, save_tuned
 
 
 @pytest.fixture
@@ -198,3 +202,30 @@ def test_an_empty_prompt_file(arguments, tmp_path):
     result = CliRunner().invoke(main, arguments())
     assert result.exit_code == 1
     assert "holds no prompt" in result.stderr
+
+
+def test_weights_made_for_a_plan_are_drawn_by_it_beside_their_base(
+    arguments, model_folder, tmp_path
+):
+    tuned = save_tuned(tmp_path, model_folder, ONE_SEGMENT)
+    evaluate(arguments("--no-drift", "--num-images", 1, ckpts=(tuned.weights,)))
+    rows = rows_of(tmp_path / "report")
+    full, own = rows[0], rows[-1]
+    assert (full["name"], full["latent_error"]) == ("tiny, 8 steps", None)
+    assert own["name"] == "tuned, 4 steps, mid, reuse, stride 4, guidance 1"
+    assert [row for row in rows if row["checkpoint"] == "tuned"] == [own]
+    assert (own["encoder_runs"], own["num_calls"]) == (1, 4)
+    # One row per picture for two, and less than four of eight whole calls.
+    assert own["share"] < 0.25
+    assert own["opponent"] == "tiny, 1 steps"
+    assert own["times_plain"]["mean"] > 0
+    # Its error is that of what the pipeline draws, against the base's full sampler.
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = []
+    for model, call in ((tuned.weights, {}), (model_folder, {"stride": 1})):
+        pipeline = EncachePipeline.from_pretrained(model, backend="torch")
+        pipeline.set_progress_bar_config(disable=True)
+        call |= {} if model == tuned.weights else {"num_inference_steps": 8}
+        drawn.append(pipeline("red apple", latents=noise, output_type="latent", **call).images)
+    ours, theirs = (one.numpy() for one in drawn)
+    assert own["latent_error"]["mean"] == pytest.approx(relative_error(ours, theirs).item(), 1e-3)

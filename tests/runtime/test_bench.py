@@ -9,11 +9,13 @@ import torch
 from click.testing import CliRunner
 
 from encache.errors import EngineError
+from encache.model.arithmetic import count_arithmetic
 from encache.model.checkpoint import find_checkpoint
 from encache.runtime.bench import matrix_peak, measure
 from encache.runtime.bench_cli import main
 from encache.runtime.contenders import Task, assemble
 from encache.runtime.pipeline import EncachePipeline
+from tests.conftest import ONE_SEGMENT, save_tuned, tiny_unet
 
 
 def bench(*arguments):
@@ -70,6 +72,26 @@ def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
         assert cached["spread"][0] <= cached["seconds"] <= cached["spread"][1]
         assert cached["tflops"] == pytest.approx(cached["gflop"] * 2 / cached["seconds"] / 1e3)
     assert "onnxruntime, cut up2, stride 3" in result.stdout
+
+
+def test_weights_made_for_a_plan_are_timed_beside_their_base(model_folder, tmp_path):
+    tuned = save_tuned(tmp_path, model_folder, ONE_SEGMENT)
+    path = tmp_path / "bench.json"
+    result = bench(
+        *("--ckpt", tuned.weights, "--backend", "torch", "--cut", "up2", "--steps", 6),
+        *("--stride", 3, "--repeats", 1, "--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert report["model"] == "tuned"
+    rows = {(row["backend"], row["sampling"]): row for row in report["rows"]}
+    full, own = rows["torch", "6 steps"], rows["torch", "trained for 1 of 4 calls"]
+    # One row per picture for two; the decoder's four calls and the encoder's one.
+    cost = count_arithmetic(tiny_unet().config, "mid", 8, 8, 16)
+    assert own["gflop"] == pytest.approx(cost.encoder + 4 * cost.decoder)
+    assert full["gflop"] == pytest.approx(2 * 6 * (cost.encoder + cost.decoder))
+    # The full sampler is the base's: what it draws, diffusers draws.
+    assert full["psnr"] > 60 > own["psnr"]
 
 
 def test_every_full_sampler_draws_the_same(pipeline, up2_folder):
