@@ -315,6 +315,19 @@ def fcr(
     help="Of the student; trailing starts from the last training timestep.",
 )
 @click.option(
+    "--prediction",
+    type=click.Choice(("epsilon", "v_prediction")),
+    help="What the student predicts. From the last timestep on a picture is a small difference of "
+    "large multiples of epsilon: v_prediction is learned faster, once it is learned at all. "
+    "Default: what the student's first weights predict.",
+)
+@click.option(
+    "--student-weights",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="UNet that the student starts from, such as another run's shared.safetensors. Default: "
+    "the model's own.",
+)
+@click.option(
     "--latent-weight",
     type=FiniteFloat(0),
     default=1.0,
@@ -369,6 +382,8 @@ def shared(
     blend: Blend,
     scheduler: str,
     timestep_spacing: str,
+    prediction: str | None,
+    student_weights: Path | None,
     latent_weight: float,
     perceptual_weight: float,
     vsd_weight: float,
@@ -405,14 +420,18 @@ def shared(
             "draw: give one of them."
         )
 
+    from encache.model.checkpoint import find_checkpoint
     from encache.runtime.pipeline import EncachePipeline
     from encache.train.pairs import Pairs, make_teacher, read_prompts
     from encache.train.shared import NUM_HELD_OUT, Shared, make_student, shared_task
 
     opened = open_model(common)
     pipeline, run = opened.pipeline, opened.run
+    start = find_checkpoint(student_weights, common["base"]) if student_weights else None
+    if start and start.preset.scheduler:
+        prediction = prediction or start.preset.scheduler.get("prediction_type")
     student = make_student(
-        pipeline.scheduler, scheduler, timestep_spacing, steps, stride, cut, blend
+        pipeline.scheduler, scheduler, timestep_spacing, prediction, steps, stride, cut, blend
     )
     teacher = make_teacher(
         opened.checkpoint,
@@ -444,7 +463,6 @@ def shared(
         fcr=fcr_settings,
     )
     pairs = Pairs(pairs_dir or run.output / "pairs", teacher)
-    task = shared_task(pipeline, student, pairs, num_pairs, settings, run, opened.accelerator)
 
     def open_teacher() -> EncachePipeline:
         if teacher_backend == "torch":
@@ -457,6 +475,9 @@ def shared(
     if settings.needs_pairs:
         number = num_pairs + NUM_HELD_OUT
         pairs.draw_missing(number, open_teacher, teacher_batch_size, opened.accelerator)
+    task = shared_task(
+        pipeline, student, pairs, num_pairs, settings, run, opened.accelerator, start
+    )
     opened.fine_tune(task)
 
 

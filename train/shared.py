@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from encache.model.checkpoint import Checkpoint
 from encache.model.features import Cut
+from encache.model.loading import load_pipeline
 from encache.model.preset import PRESET_KEY, Preset
 from encache.model.split import SplitUNet
 from encache.model.text import tokenize
@@ -319,6 +321,7 @@ def make_student(
     model_scheduler: Any,
     scheduler: str,
     timestep_spacing: str,
+    prediction: str | None,
     steps: int,
     stride: int | None,
     cut: Cut,
@@ -330,6 +333,7 @@ def make_student(
         model_scheduler: of the checkpoint, whose noise schedule is kept.
         scheduler: name of the solver.
         timestep_spacing: as in diffusers.
+        prediction: what the student's UNet learns to predict; None for what it does predict.
         steps: num_inference_steps.
         stride: calls that share an encoder run; None for all.
         cut: where the encoder ends.
@@ -339,7 +343,10 @@ def make_student(
         PlanError: they do not fit together.
     """
     solver = make_scheduler(scheduler, model_scheduler)
-    solver = type(solver).from_config({**solver.config, "timestep_spacing": timestep_spacing})
+    changes = {"timestep_spacing": timestep_spacing}
+    if prediction:
+        changes["prediction_type"] = prediction
+    solver = type(solver).from_config({**solver.config, **changes})
     stride = stride or count_calls(solver, steps)
     preset = Preset(
         scheduler=full_config(solver),
@@ -441,6 +448,7 @@ def shared_task(
     settings: Shared,
     run: Run,
     accelerator: Accelerator,
+    start: Checkpoint | None = None,
 ) -> Task:
     """Fine-tuning for a plan with `SharedObjective`.
 
@@ -449,6 +457,7 @@ def shared_task(
         student: how the fine-tuned model samples.
         pairs: the teacher's pictures, of which `number` and `NUM_HELD_OUT` more are drawn.
         settings: the losses.
+        start: the student's first weights; by default the teacher's.
 
     Raises:
         EncacheError: the model predicts what training does not know.
@@ -463,6 +472,8 @@ def shared_task(
         settings,
         run.seed,
     )
+    if start:  # now that the losses have their copy of the teacher
+        pipeline.unet.load_state_dict(load_pipeline(start).unet.state_dict())
     dtype = frozen_dtype(accelerator)
     text_encoder = pipeline.text_encoder.to(accelerator.device, dtype).requires_grad_(False)
 
@@ -491,6 +502,7 @@ def shared_task(
             "plan": student.plan.hash(),
             "cut": student.cut,
             "loss": asdict(settings),
+            "student": start.fingerprint if start else None,
         },
         draw=lambda prompts, seed: _draw(pipeline, student, prompts, seed),
         rate_of=objective.rate_of,

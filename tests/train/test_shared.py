@@ -40,8 +40,17 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make(scheduler="ddim", spacing="trailing", steps=4, stride=None, cut="mid", blend="reuse"):
-    return make_student(stable_diffusion_scheduler(), scheduler, spacing, steps, stride, cut, blend)
+def make(
+    scheduler="ddim",
+    spacing="trailing",
+    prediction=None,
+    steps=4,
+    stride=None,
+    cut="mid",
+    blend="reuse",
+):
+    model = stable_diffusion_scheduler()
+    return make_student(model, scheduler, spacing, prediction, steps, stride, cut, blend)
 
 
 def make_objective(settings=None, student=None, seed=0):
@@ -71,7 +80,7 @@ def make_batch(size=3, num_ends=1, seed=0):
     "options",
     [
         {},
-        {"steps": 8, "stride": 4},
+        {"steps": 8, "stride": 4, "prediction": "v_prediction"},
         {"cut": "up2", "spacing": "leading"},
         {"cut": "out", "steps": 6, "stride": 2, "blend": "extrapolate"},
         {"steps": 7, "stride": 3, "blend": "extrapolate2", "scheduler": "dpmsolver++"},
@@ -382,6 +391,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypa
         load_file(tmp_path / name / "shared.safetensors") for name in ("whole", "parts")
     )
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_training_goes_on_from_another_runs_student(arguments, tmp_path):
+    train(arguments("first", "--prediction", "v_prediction"))
+    first = tmp_path / "first" / "shared.safetensors"
+    train(arguments("second", "--student-weights", first, "--learning-rate", 0))
+    headers = []
+    for name in ("first", "second"):
+        with safe_open(tmp_path / name / "shared.safetensors", "pt") as file:
+            headers.append(file.metadata())
+    # The same student, of the same teacher.
+    weights = (load_file(tmp_path / name / "shared.safetensors") for name in ("first", "second"))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    presets = [Preset.from_json(header[PRESET_KEY], "") for header in headers]
+    assert presets[0] == presets[1]
+    assert presets[0].scheduler["prediction_type"] == "v_prediction"
+    assert headers[0]["base"] == headers[1]["base"]
+    facts = [json.loads(header["encache"]) for header in headers]
+    assert facts[0]["model"] == facts[1]["model"]
+    assert facts[0]["student"] is None
+    assert facts[1]["student"]
 
 
 def test_accumulation_equals_a_larger_batch(arguments, tmp_path):
