@@ -69,6 +69,18 @@ def save_tuned(folder, base, preset, **metadata):
     return find_checkpoint(path)
 
 
+def share_of_the_way(ours, theirs, start):
+    """How far two trained states are apart, over how far training moved one of them.
+
+    Adam makes much of gradients near zero, so that single weights differ by rounding alone.
+    """
+
+    def distance(one, other):
+        return sum((one[name].float() - other[name].float()).square().sum() for name in one) ** 0.5
+
+    return distance(ours, theirs) / distance(ours, start)
+
+
 def make_pipeline(seed=0, **unet_changes):
     unet = tiny_unet(seed, **unet_changes)
     tokenizer = train_tokenizer(["red apple", "green pear", "hot dog", "yellow banana"])

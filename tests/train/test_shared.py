@@ -30,7 +30,13 @@ from encache.train.shared import (
     make_student,
     relative_error,
 )
-from tests.conftest import TEXT_WIDTH, make_pipeline, stable_diffusion_scheduler, tiny_unet
+from tests.conftest import (
+    TEXT_WIDTH,
+    make_pipeline,
+    share_of_the_way,
+    stable_diffusion_scheduler,
+    tiny_unet,
+)
 
 SHAPE = (4, 8, 8)
 
@@ -355,7 +361,7 @@ def test_the_written_file_is_a_checkpoint_with_its_plan(arguments, tmp_path, mod
     before = load_pipeline(find_checkpoint(model_folder)).unet.state_dict()
     assert all(not torch.equal(before[name], trained[name]) for name in before)
     with Image.open(tmp_path / "out" / "validation" / "step-000004.png") as grid:
-        assert grid.size == (8 * 64, 64)
+        assert grid.size == (8 * 16, 16)
 
 
 def test_training_lowers_the_error(arguments, tmp_path):
@@ -414,11 +420,12 @@ def test_training_goes_on_from_another_runs_student(arguments, tmp_path):
     assert facts[1]["student"]
 
 
-def test_accumulation_equals_a_larger_batch(arguments, tmp_path):
+def test_accumulation_equals_a_larger_batch(arguments, tmp_path, model_folder):
     train(arguments("large", "--train-batch-size", 4))
     train(arguments("small", "--gradient-accumulation-steps", 2, "--gradient-checkpointing"))
     large, small = (load_file(tmp_path / n / "shared.safetensors") for n in ("large", "small"))
-    torch.testing.assert_close(small, large, rtol=1e-3, atol=2e-4)
+    start = load_pipeline(find_checkpoint(model_folder)).unet.state_dict()
+    assert share_of_the_way(small, large, start) < 0.01
 
 
 def test_the_long_plan_is_compared_at_the_ends_of_its_segments(arguments, tmp_path):
