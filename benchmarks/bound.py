@@ -1,9 +1,10 @@
 """How fast can Stable Diffusion v1.5 be on a GPU, by its arithmetic and its bytes alone?
 
     python benchmarks/bound.py                     # an RTX 4090; prints the tables of docs
+    python benchmarks/bound.py --calls 4 --rows 1 --stride 4    # one encoder run, no guidance
 
-Every part is counted on shapes alone, at 512x512, one picture, with guidance (two rows of the UNet)
-and fp16 weights. A run of a part takes at least its arithmetic over the GPU's peak, and at least
+Every part is counted on shapes alone, at 512x512, one picture, by default with guidance (two rows
+of the UNet), and fp16 weights. A run of a part takes at least its arithmetic over the GPU's peak, and at least
 its weights and features over the memory's bandwidth; activations inside a part are left out. What
 an engine really takes is more: the share of the peak that it reaches is measured by encache-bench.
 """
@@ -21,8 +22,6 @@ from encache.model.features import CUTS, Cut, feature_table, num_up_blocks_cache
 from encache.model.random_weights import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 
 LATENT = 64
-CALLS = 50
-ROWS = 2
 STRIDES = (1, 3, 5, 10, 20)
 BYTES = 2  # fp16
 SLOTS = 2  # of the ring, which the default blend reads
@@ -40,7 +39,7 @@ def gflop(function: Callable, *inputs: torch.Tensor) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
+def unet_parts(cut: Cut, rows: int) -> dict[str, tuple[float, int]]:
     """GFLOP per row and bytes per run of the encoder and the decoder.
 
     Bytes are weights, and the features that the encoder writes and the decoder reads, from two
@@ -50,7 +49,7 @@ def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
         unet = UNet2DConditionModel(**SD15_UNET)
     arithmetic = count_arithmetic(unet.config, cut, LATENT, LATENT)
     cached = num_up_blocks_cached(cut, len(unet.up_blocks))
-    shapes = [one.shape(ROWS, LATENT, LATENT) for one in feature_table(unet.config, cut)]
+    shapes = [one.shape(rows, LATENT, LATENT) for one in feature_table(unet.config, cut)]
     features = BYTES * sum(torch.Size(shape).numel() for shape in shapes)
     late, both = num_bytes(*unet.up_blocks[cached:]), num_bytes(unet.time_embedding)
     last = num_bytes(unet.conv_norm_out, unet.conv_out)
@@ -62,15 +61,15 @@ def unet_parts(cut: Cut) -> dict[str, tuple[float, int]]:
     }
 
 
-def other_parts(small: bool) -> dict[str, tuple[float, int]]:
-    """GFLOP and bytes of encoding the prompt with its negative, and of decoding the picture.
+def other_parts(small: bool, rows: int) -> dict[str, tuple[float, int]]:
+    """GFLOP and bytes of encoding the prompt, with guidance its negative too, and of decoding.
 
     With a small decoder, by AutoencoderTiny.
     """
     with torch.device("meta"):
         text_encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER))
         vae = AutoencoderTiny() if small else AutoencoderKL(**SD15_VAE)
-        tokens = torch.zeros(ROWS, 77, dtype=torch.int64)
+        tokens = torch.zeros(rows, 77, dtype=torch.int64)
         latents = torch.empty(1, 4, LATENT, LATENT)
 
     return {
@@ -92,34 +91,38 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=1008, help="GB/s (RTX 4090)")
     parser.add_argument("--reached", type=float, default=1.0, help="share of the peak reached")
     parser.add_argument("--tiny-vae", action="store_true", help="decode by AutoencoderTiny")
+    parser.add_argument("--calls", type=int, default=50, help="of the sampler")
+    parser.add_argument("--rows", type=int, default=2, help="2 with guidance, 1 without")
+    parser.add_argument("--stride", type=int, nargs="+", default=STRIDES, help="of key calls")
     options = parser.parse_args()
+    rows, num_calls = options.rows, options.calls
 
     def milliseconds(gflop: float, size: float) -> float:
         arithmetic = gflop / options.tflops / options.reached
         return max(arithmetic, size / options.bandwidth / 1e6)
 
-    others = other_parts(options.tiny_vae)
-    cuts = {cut: unet_parts(cut) for cut in CUTS}
+    others = other_parts(options.tiny_vae, rows)
+    cuts = {cut: unet_parts(cut, rows) for cut in CUTS}
     print("| part | GFLOP | MB | ms |\n|---|---|---|---|")
     for name, (cost, size) in others.items():
         print(f"| {name} | {cost:.0f} | {size / 1e6:.0f} | {milliseconds(cost, size):.2f} |")
     for cut, parts in cuts.items():
         for name, (cost, size) in parts.items():
-            cost *= ROWS
+            cost *= rows
             cells = f"{cost:.0f} | {size / 1e6:.0f} | {milliseconds(cost, size):.2f}"
             print(f"| UNet {name}, cut {cut} | {cells} |")
     fixed = sum(milliseconds(*part) for part in others.values())
-    print(f"\n| cut | {' | '.join(f'stride {n}' for n in STRIDES)} |")
-    print("|---" * (len(STRIDES) + 1) + "|")
+    print(f"\n| cut | {' | '.join(f'stride {n}' for n in options.stride)} |")
+    print("|---" * (len(options.stride) + 1) + "|")
     for cut, parts in cuts.items():
         cells = []
-        for stride in STRIDES:
-            keys = -(-CALLS // stride)
+        for stride in options.stride:
+            keys = -(-num_calls // stride)
             encoder, decoder = parts["encoder"], parts["decoder"]
-            total = fixed + keys * milliseconds(ROWS * encoder[0], encoder[1])
+            total = fixed + keys * milliseconds(rows * encoder[0], encoder[1])
             # One run decodes a segment: its arithmetic is that of all its calls, its bytes of one.
-            runs = [min(stride, CALLS - key * stride) for key in range(keys)]
-            total += sum(milliseconds(ROWS * decoder[0] * n, decoder[1]) for n in runs)
+            runs = [min(stride, num_calls - key * stride) for key in range(keys)]
+            total += sum(milliseconds(rows * decoder[0] * n, decoder[1]) for n in runs)
             cells.append(f"{total:.0f} ms")
         print(f"| {cut} | {' | '.join(cells)} |")
 
