@@ -4,9 +4,10 @@
     python benchmarks/bound.py --calls 4 --rows 1 --stride 4    # one encoder run, no guidance
 
 Every part is counted on shapes alone, at 512x512, one picture, by default with guidance (two rows
-of the UNet), and fp16 weights. A run of a part takes at least its arithmetic over the GPU's peak, and at least
-its weights and features over the memory's bandwidth; activations inside a part are left out. What
-an engine really takes is more: the share of the peak that it reaches is measured by encache-bench.
+of the UNet), and fp16 weights. A run of a part takes at least its arithmetic over the GPU's peak,
+and at least its weights and features over the memory's bandwidth; activations inside a part are
+left out. What an engine really takes is more: the share of the peak that it reaches is measured by
+encache-bench.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """`encache-train`: fine-tune for caching, or train the default model from its public data."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -421,11 +422,18 @@ def shared(
         )
 
     from encache.model.checkpoint import find_checkpoint
+    from encache.model.preset import UNSAID
     from encache.runtime.pipeline import EncachePipeline
     from encache.train.pairs import Pairs, make_teacher, read_prompts
-    from encache.train.shared import NUM_HELD_OUT, Shared, make_student, shared_task
+    from encache.train.shared import Shared
+    from encache.train.student import NUM_HELD_OUT, make_student, shared_task
 
     opened = open_model(common)
+    if opened.checkpoint.preset != UNSAID:
+        raise click.UsageError(
+            f"{opened.checkpoint.weights} was trained for a plan and is no teacher: give it to "
+            "--student-weights, and what it was trained from to --pretrained-model-name-or-path."
+        )
     pipeline, run = opened.pipeline, opened.run
     start = find_checkpoint(student_weights, common["base"]) if student_weights else None
     if start and start.preset.scheduler:
@@ -441,6 +449,7 @@ def shared(
         guidance_scale=guidance_scale,
         stride=teacher_stride,
         seed=pairs_seed,
+        precision=opened.teacher_precision if teacher_backend == "torch" else "no",
         compared_at=student.comparable_calls(pipeline.scheduler, teacher_steps),
     )
     fcr_settings = make_fcr(
@@ -474,7 +483,9 @@ def shared(
 
     if settings.needs_pairs:
         number = num_pairs + NUM_HELD_OUT
-        pairs.draw_missing(number, open_teacher, teacher_batch_size, opened.accelerator)
+        mixed = opened.accelerator.autocast() if teacher.precision != "no" else nullcontext()
+        with mixed:
+            pairs.draw_missing(number, open_teacher, teacher_batch_size, opened.accelerator)
     task = shared_task(
         pipeline, student, pairs, num_pairs, settings, run, opened.accelerator, start
     )

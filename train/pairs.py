@@ -50,6 +50,7 @@ class Teacher:
         calls: how many calls were made when the latents are kept, the last one being all.
         shape: of the latents (C, h, w).
         seed: of noise and prompts.
+        precision: that its UNet is run in, as accelerate calls it.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Teacher:
     calls: tuple[int, ...]
     shape: tuple[int, int, int]
     seed: int = 0
+    precision: str = "no"
 
     def question(self, index: int) -> tuple[str, Tensor]:
         """Prompt and unit noise [C, h, w] of one pair."""
@@ -78,6 +80,7 @@ def make_teacher(
     guidance_scale: float | None,
     stride: int,
     seed: int,
+    precision: str = "no",
     compared_at: Sequence[int] = (),
 ) -> Teacher:
     """The full sampler of a loaded checkpoint; see `Teacher`.
@@ -98,6 +101,7 @@ def make_teacher(
         calls=tuple(sorted({*compared_at, num_calls})),
         shape=(spec.channels, *spec.sample_size),
         seed=seed,
+        precision=precision,
     )
 
 
@@ -145,9 +149,10 @@ class Pairs:
 
         Args:
             number: how many.
-            open_pipeline: opens the teacher at the cut "out"; not called when nothing is missing.
+            open_pipeline: opens the teacher at the cut "out", in its precision or to be mixed with
+            it; not called when nothing is missing.
             batch_size: pictures at once, at most `SHARD`.
-            accelerator: the processes.
+            accelerator: the processes, mixed with the teacher's precision.
         """
         shards = [shard for shard in range(-(-number // SHARD)) if not self._path(shard).exists()]
         mine = shards[accelerator.process_index :: accelerator.num_processes]

@@ -18,21 +18,17 @@ from encache.model.loading import load_pipeline
 from encache.model.preset import PRESET_KEY, Preset
 from encache.model.split import SplitUNet
 from encache.runtime.pipeline import EncachePipeline
-from encache.train import shared as module
+from encache.train import student as module
 from encache.train.cli import main
+from encache.train.composed import compose, latents_of, relative_error
 from encache.train.pairs import SHARD, Pairs, Teacher
-from encache.train.shared import (
-    Shared,
-    SharedBatch,
-    SharedObjective,
-    compose,
-    latents_of,
-    make_student,
-    relative_error,
-)
+from encache.train.shared import Shared, SharedBatch, SharedObjective
+from encache.train.student import make_student
 from tests.conftest import (
+    ONE_SEGMENT,
     TEXT_WIDTH,
     make_pipeline,
+    save_tuned,
     share_of_the_way,
     stable_diffusion_scheduler,
     tiny_unet,
@@ -420,6 +416,15 @@ def test_training_goes_on_from_another_runs_student(arguments, tmp_path):
     assert facts[1]["student"]
 
 
+def test_a_student_is_no_teacher(arguments, model_folder, tmp_path):
+    tuned = save_tuned(tmp_path, model_folder, ONE_SEGMENT)
+    values = arguments("out")
+    values[values.index(str(model_folder))] = str(tuned.weights)
+    result = CliRunner().invoke(main, values)
+    assert result.exit_code == 2
+    assert "--student-weights" in result.stderr
+
+
 def test_accumulation_equals_a_larger_batch(arguments, tmp_path, model_folder):
     train(arguments("large", "--train-batch-size", 4))
     train(arguments("small", "--gradient-accumulation-steps", 2, "--gradient-checkpointing"))
@@ -436,8 +441,9 @@ def test_the_long_plan_is_compared_at_the_ends_of_its_segments(arguments, tmp_pa
 
 
 def test_all_losses_and_a_lora_at_once(arguments, tmp_path):
+    shown = ["--validation-prompt", "hot dog", "--validation-steps", 2]
     losses = ["--perceptual-weight", 0.1, "--vsd-weight", 0.1, "--vsd-rank", 2, "--fcr-weight", 0.1]
-    result = train(arguments("out", *losses, "--rank", 2, "--fcr-form", "relative"))
+    result = train(arguments("out", *losses, "--rank", 2, "--fcr-form", "relative", *shown))
     whole, lora = result.stdout.split()
     assert whole.endswith("shared.safetensors")
     assert lora.endswith("shared_lora.safetensors")

@@ -1,0 +1,70 @@
+"""A plan as one differentiable function of the UNet's weights.
+
+The decoder calls that share an encoder run are one batch, and the solver is a table. So a sampler
+with one encoder run is one run of the encoder, one of the decoder and one small matrix product,
+from noise to picture.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from encache.model.split import SplitUNet
+from encache.runtime.plan import Encode, Plan, Row
+
+
+def compose(
+    plan: Plan, split: SplitUNet, noise: Tensor, text: Tensor, recompute: bool = False
+) -> Tensor:
+    """Run a plan without guidance, as one differentiable function of the UNet's weights.
+
+    Args:
+        plan: what to run.
+        split: the UNet in two, at any cut.
+        noise: z [B, C, h, w].
+        text: embeddings [B, L, D].
+        recompute: keep no activations inside the halves.
+
+    Returns:
+        The history (z, eps_0, ..., eps_{N-1}) [N + 1, B, C, h, w], float32; a row of
+        `plan.samples` over it gives latents.
+    """
+    run = recomputed if recompute else called
+    dtype = split.encoder.unet.dtype
+    history = noise[None]
+    ring: list[tuple[Tensor, ...]] = [()] * plan.num_slots
+    for step in plan.steps:
+        if isinstance(step, Encode):
+            latents = latents_of(step.row, history).to(dtype)
+            ring[step.slot] = run(split.encoder, latents, noise.new_tensor([step.timestep]), text)
+        else:
+            filled = next(features for features in ring if features)
+            slots = [features or filled for features in ring]  # what is not filled yet weighs 0
+            features = [torch.stack(tensors) for tensors in zip(*slots, strict=True)]
+            weights, timesteps = noise.new_tensor(step.weights), noise.new_tensor(step.timesteps)
+            predicted = run(split.decoder, features, weights, timesteps, text)
+            history = torch.cat([history, predicted.float().view(-1, *noise.shape)])
+    return history
+
+
+def latents_of(row: Row, history: Tensor) -> Tensor:
+    """Combine the history [K, B, C, h, w] by the first K of a row's coefficients."""
+    return torch.tensordot(history.new_tensor(row[: len(history)]), history, 1)
+
+
+def called(half: nn.Module, *arguments: Any) -> Any:
+    """Run a half of the UNet."""
+    return half(*arguments)
+
+
+def recomputed(half: nn.Module, *arguments: Any) -> Any:
+    """Run it, and run it again backwards instead of keeping its activations."""
+    return checkpoint(half, *arguments, use_reentrant=False)
+
+
+def relative_error(latents: Tensor, wanted: Tensor) -> Tensor:
+    """||x - r||^2 / ||r||^2 of every picture: [B, ...] -> [B]."""
+    difference = (latents - wanted).flatten(1).square().sum(1)
+    return difference / wanted.flatten(1).square().sum(1)

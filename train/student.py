@@ -1,0 +1,263 @@
+"""A student: how it samples, the questions it is asked, and the run that teaches it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from encache.model.checkpoint import Checkpoint
+from encache.model.features import Cut
+from encache.model.loading import load_pipeline
+from encache.model.preset import PRESET_KEY, Preset
+from encache.model.text import tokenize
+from encache.runtime.blend import Blend
+from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import Plan, make_plan
+from encache.runtime.schedulers import full_config, make_scheduler
+from encache.runtime.solver import count_calls
+from encache.train.composed import relative_error
+from encache.train.fcr import frozen_dtype, prediction_of
+from encache.train.finetune import Run, Task
+from encache.train.loop import generator_of
+from encache.train.pairs import Pairs
+from encache.train.shared import Shared, SharedBatch, SharedObjective
+from encache.train.validation import sample_grid
+
+#: Pairs beyond those that are trained on, whose error is watched.
+NUM_HELD_OUT = 64
+#: Share of the score's prompts that are left out, which guidance needs.
+_SCORE_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Student:
+    """How the fine-tuned model samples: a preset with everything said, its solver and its plan."""
+
+    preset: Preset
+    scheduler: Any
+    plan: Plan
+    cut: Cut
+
+    def comparable_calls(self, teacher: Any, steps: int) -> tuple[int, ...]:
+        """The calls at whose end student and teacher should have the same latents.
+
+        The ends of segments if both make the same calls, otherwise the end of all: ().
+        """
+        same = full_config(self.scheduler) == full_config(teacher) and self.preset.steps == steps
+        return (*self.plan.key_calls[1:], self.plan.num_calls) if same else ()
+
+
+def make_student(
+    model_scheduler: Any,
+    scheduler: str,
+    timestep_spacing: str,
+    prediction: str | None,
+    steps: int,
+    stride: int | None,
+    cut: Cut,
+    blend: Blend,
+) -> Student:
+    """A student that draws without guidance.
+
+    Args:
+        model_scheduler: of the checkpoint, whose noise schedule is kept.
+        scheduler: name of the solver.
+        timestep_spacing: as in diffusers.
+        prediction: what the student's UNet learns to predict; None for what it does predict.
+        steps: num_inference_steps.
+        stride: calls that share an encoder run; None for all.
+        cut: where the encoder ends.
+        blend: see `encache.runtime.blend`.
+
+    Raises:
+        PlanError: they do not fit together.
+    """
+    solver = make_scheduler(scheduler, model_scheduler)
+    changes = {"timestep_spacing": timestep_spacing}
+    if prediction:
+        changes["prediction_type"] = prediction
+    solver = type(solver).from_config({**solver.config, **changes})
+    stride = stride or count_calls(solver, steps)
+    preset = Preset(
+        scheduler=full_config(solver),
+        steps=steps,
+        guidance_scale=1.0,
+        cut=cut,
+        stride=stride,
+        blend=blend,
+        prior_noise=False,
+    )
+    return Student(preset, solver, make_plan(solver, steps, stride=stride, blend=blend), cut)
+
+
+#: Turns prompts into text embeddings [B, L, D].
+Embed = Callable[[Sequence[str]], Tensor]
+
+
+class Questions:
+    """The batches of a run: step k is a function of the run's seed and k alone.
+
+    Args:
+        pairs: where the teacher's latents are.
+        number: how many of them are trained on; without `needs_pairs` every row is a new question.
+        settings: the losses.
+        num_timesteps: of the noise schedule.
+        run, accelerator: how a step is spread out.
+        embed: see `Embed`.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        number: int,
+        settings: Shared,
+        num_timesteps: int,
+        run: Run,
+        accelerator: Accelerator,
+        embed: Embed,
+    ) -> None:
+        self.pairs = pairs
+        self.number = number
+        self.settings = settings
+        self.num_timesteps = num_timesteps
+        self.run = run
+        self.accelerator = accelerator
+        self.embed = embed
+
+    def __call__(self, start: int) -> Iterator[SharedBatch]:
+        """The batches from a step on."""
+        rows = self.run.batch_size
+        for batch in count(start * self.run.recipe.accumulation):
+            step, part = divmod(batch, self.run.recipe.accumulation)
+            first = (part * self.accelerator.num_processes + self.accelerator.process_index) * rows
+            yield self._batch([generator_of(self.run.seed, step, first + i) for i in range(rows)])
+
+    def held_out(self) -> SharedBatch:
+        """The pairs after those that are trained on, without anything drawn."""
+        return self._ask(range(self.number, self.number + NUM_HELD_OUT))
+
+    def _batch(self, draws: Sequence[torch.Generator]) -> SharedBatch:
+        limit = self.number if self.settings.needs_pairs else 2**31
+        indices = [int(torch.randint(limit, (), generator=draw)) for draw in draws]
+        return self._ask(indices, draws)
+
+    def _ask(
+        self, indices: Sequence[int], draws: Sequence[torch.Generator] | None = None
+    ) -> SharedBatch:
+        draws = draws or [generator_of(index) for index in indices]
+        device = self.accelerator.device
+        prompts, noises = zip(*map(self.pairs.teacher.question, indices), strict=True)
+        noise = torch.stack(noises).to(device)
+        wanted = noise[:, None]
+        if self.settings.needs_pairs:
+            wanted = torch.stack([self.pairs.latents(index) for index in indices]).to(device)
+        low, high = (0.02, 0.98) if self.settings.vsd_weight else (0.0, 1.0)
+        bounds = int(low * self.num_timesteps), int(high * self.num_timesteps)
+        delta_max = self.settings.fcr.delta_max
+
+        def drawn(one: Any) -> Tensor:
+            return torch.stack([one(draw) for draw in draws]).to(device)
+
+        return SharedBatch(
+            noise=noise,
+            text=self.embed(prompts),
+            wanted=wanted,
+            empty=self.embed([""]),
+            renoise=drawn(lambda draw: torch.randn(noise.shape[1:], generator=draw)),
+            timesteps=drawn(lambda draw: torch.randint(*bounds, (), generator=draw)),
+            deltas=drawn(lambda draw: torch.randint(1, delta_max + 1, (), generator=draw)),
+            dropped=drawn(lambda draw: torch.rand((), generator=draw) < _SCORE_DROPOUT),
+        )
+
+
+def shared_task(
+    pipeline: StableDiffusionPipeline,
+    student: Student,
+    pairs: Pairs,
+    number: int,
+    settings: Shared,
+    run: Run,
+    accelerator: Accelerator,
+    start: Checkpoint | None = None,
+) -> Task:
+    """Fine-tuning for a plan with `SharedObjective`.
+
+    Args:
+        pipeline: the loaded model.
+        student: how the fine-tuned model samples.
+        pairs: the teacher's pictures, of which `number` and `NUM_HELD_OUT` more are drawn.
+        settings: the losses.
+        start: the student's first weights; by default the teacher's.
+
+    Raises:
+        EncacheError: the model predicts what training does not know.
+    """
+    objective = SharedObjective(
+        pipeline.unet,
+        student.plan,
+        pairs.teacher.calls if len(pairs.teacher.calls) > 1 else (student.plan.num_calls,),
+        student.cut,
+        pipeline.scheduler.alphas_cumprod,
+        prediction_of(pipeline),
+        settings,
+        run.seed,
+    )
+    if start:  # now that the losses have their copy of the teacher
+        pipeline.unet.load_state_dict(load_pipeline(start).unet.state_dict())
+    dtype = frozen_dtype(accelerator)
+    pipeline.vae.to(accelerator.device, dtype)  # for the pictures that show how far it is
+    text_encoder = pipeline.text_encoder.to(accelerator.device, dtype).requires_grad_(False)
+
+    @torch.no_grad()
+    def embed(prompts: Sequence[str]) -> Tensor:
+        tokens = tokenize(pipeline.tokenizer, list(prompts)).to(accelerator.device)
+        return text_encoder(tokens)[0].float()
+
+    num_timesteps = len(pipeline.scheduler.alphas_cumprod)
+    questions = Questions(pairs, number, settings, num_timesteps, run, accelerator, embed)
+
+    def held_out_error() -> dict[str, float]:
+        batch = questions.held_out()
+        latents = objective.sample(batch.noise, batch.text)
+        error = relative_error(latents[:, -1], batch.wanted[:, -1]).mean()
+        return {"held_out_latent_error": error.item()}
+
+    return Task(
+        name="shared",
+        objective=objective,
+        enable_gradient_checkpointing=objective.enable_gradient_checkpointing,
+        batches=questions,
+        facts={
+            "teacher": asdict(pairs.teacher),
+            "pairs": number,
+            "plan": student.plan.hash(),
+            "cut": student.cut,
+            "loss": asdict(settings),
+            "student": start.fingerprint if start else None,
+        },
+        draw=lambda prompts, seed: _draw(pipeline, student, prompts, seed),
+        rate_of=objective.rate_of,
+        measure=held_out_error if settings.needs_pairs else dict,
+        header={PRESET_KEY: student.preset.to_json()},
+    )
+
+
+def _draw(
+    pipeline: StableDiffusionPipeline, student: Student, prompts: Sequence[str], seed: int
+) -> Image.Image:
+    wrapped = EncachePipeline.from_pipe(pipeline, student.cut)
+    wrapped.set_progress_bar_config(disable=True)
+    wrapped.scheduler = student.scheduler
+    options = {
+        "num_inference_steps": student.preset.steps,
+        "guidance_scale": student.preset.guidance_scale,
+        "stride": student.preset.stride,
+        "blend": student.preset.blend,
+    }
+    return sample_grid(wrapped, prompts, columns=8, seed=seed, **options)
