@@ -1,4 +1,4 @@
-"""Fill docs/study.md from benchmarks/study.json: its tables between markers, and its plots.
+"""Fill docs/study.md from benchmarks/study.json and shared.json: tables between markers, plots.
 
 python benchmarks/study_page.py
 """
@@ -17,6 +17,8 @@ from encache.evaluate.headline import significant, with_interval
 from encache.evaluate.results import Interval
 
 STUDY = Path("benchmarks/study.json")
+#: Of encache-eval, with the model that was trained for one encoder run.
+SHARED = Path("benchmarks/shared.json")
 PAGE = Path("docs/study.md")
 PLOTS = Path("docs/study")
 
@@ -57,6 +59,25 @@ def table(rows: Sequence[Row]) -> str:
     cells = {name: [fill(row) for row in rows] for name, fill in columns.items()}
     filled = {name: column for name, column in cells.items() if any(column)}
     return markdown(list(filled), zip(*filled.values(), strict=True))
+
+
+def shared_table(rows: Sequence[Row]) -> str:
+    """Weights that were trained for a plan beside what as many rows of the UNet buy otherwise."""
+    heads = ["sampler", "rows", "latent error", "PSNR", "Frechet", "precision", "recall"]
+    cells = [
+        (
+            row["name"],
+            f"{100 * row['share']:.1f}",
+            interval(row["latent_error"]),
+            f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
+            number(row["frechet"]),
+            f"{row['precision']:.2f}",
+            f"{row['recall']:.2f}",
+            interval(row["retrieval"]),
+        )
+        for row in sorted(rows, key=lambda row: -row["share"])
+    ]
+    return markdown([*heads, "retrieved"], cells)
 
 
 def models_table(models: Mapping[str, Sequence[Row]]) -> str:
@@ -244,6 +265,7 @@ def main() -> None:
             page = fill(page, "pictures", pictures_table(full_runs))
     page = fill(page, "features", features_table(study["features"]))
     page = fill(page, "drift", drift_table(study["drift"]))
+    page = fill(page, "one encoder run", shared_table(json.loads(SHARED.read_text())["rows"]))
     PAGE.write_text(page)
 
 
