@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from encache.evaluate.real import Real
     from encache.evaluate.sampling import Evaluation, Model
     from encache.evaluate.settings import Protocol, Setting
+    from encache.model.checkpoint import Checkpoint
 
 
 #: Compared unless others are asked for.
@@ -233,7 +234,10 @@ def main(
     )
     asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]
     full_of = {full.model: full for full in fulls}
-    full_of |= dict.fromkeys(trained_for, first)
+    full_of |= {
+        label: full_of[_base_of(models[label].checkpoint, models) or first.model]
+        for label in trained_for
+    }
     cached += trained_for.values()
     opponents = {
         one: rows.plain_at_equal_arithmetic(models, protocol, one, full_of[one.model])
@@ -291,7 +295,7 @@ def _open_models(
     found = [find_checkpoint(*pair) for pair in zip(ckpts, bases, strict=True)]
     found = found or [find_checkpoint()]
     if found[0].preset != UNSAID:  # what it was trained from, which it is held against
-        found.insert(0, found[0].base)
+        found = [found[0].base, *(one for one in found if one != found[0].base)]
     names = [one.name for one in found]
     labels = [
         name if names.count(name) == 1 else f"{name}-{index + 1}"
@@ -305,6 +309,12 @@ def _open_models(
         raise click.UsageError(f"--device {device} cannot be used: {reason}") from error
     chosen = Backend(backend, dtype, device, engine_dir)
     return {label: Model(one, chosen) for label, one in zip(labels, found, strict=True)}
+
+
+def _base_of(trained: "Checkpoint", models: "dict[str, Model]") -> str | None:
+    """The label of the model that weights were trained from, if it is there."""
+    labels = [one for one, model in models.items() if model.checkpoint == trained.base]
+    return labels[0] if labels else None
 
 
 def _open_evaluation(

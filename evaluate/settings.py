@@ -13,7 +13,7 @@ from encache.files import read_lines, read_text
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import DEFAULT_CUT, Cut
 from encache.model.preset import UNSAID
-from encache.runtime.blend import DEFAULT_BLEND, Blend
+from encache.runtime.blend import DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.settings import resolve
 
 
@@ -138,7 +138,7 @@ def own_setting(label: str, checkpoint: Checkpoint) -> Setting:
         steps=own.steps,
         cut=checkpoint.cut,
         blend=own.blend,
-        stride=own.stride or 1,
+        stride=own.stride or (1 if own.key_calls else min(DEFAULT_STRIDE, own.steps)),
         key_calls=None if own.key_calls is None else tuple(own.key_calls),
         prior_noise=own.prior_noise,
         guidance_scale=own.guidance_scale,

@@ -63,7 +63,7 @@ _COMPILED_ONLY = {"gpus", "compute_capabilities", "batch", "decode_batch", "heig
     type=_SPAN,
     default="1",
     show_default=True,
-    help="Pictures at once, for TensorRT, guided unless the weights are made for none: one number, "
+    help="Pictures at once, for TensorRT, with guidance unless the weights need none: one number, "
     "which is fastest, or a span like 1:4, from one unguided picture to four guided ones.",
 )
 @click.option(

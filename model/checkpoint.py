@@ -133,6 +133,11 @@ class Checkpoint:
         return float(scale)
 
     @property
+    def predicts(self) -> str | None:
+        """What UNet weights predict, as far as their header says it."""
+        return self.prediction or (self.preset.scheduler or {}).get("prediction_type")
+
+    @property
     def cut(self) -> Cut:
         """Where its UNet is cut, unless asked otherwise."""
         return self.preset.cut or DEFAULT_CUT

@@ -105,7 +105,7 @@ def load_pipeline(
     _set_schedule(pipeline, checkpoint)
     pipeline.tokenizer = with_length(pipeline.tokenizer, pipeline.text_encoder)
     if checkpoint.weights and checkpoint.holds == "unet":
-        _lay_over(pipeline.unet, checkpoint)
+        pipeline.unet.load_state_dict(unet_weights(checkpoint, pipeline.unet))
     for lora in checkpoint.loras:
         fuse(pipeline, lora)
     if checkpoint.vae:
@@ -252,7 +252,12 @@ def _hide_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _lay_over(unet: "torch.nn.Module", checkpoint: Checkpoint) -> None:
+def unet_weights(checkpoint: Checkpoint, unet: "torch.nn.Module") -> "dict[str, torch.Tensor]":
+    """The weights of a checkpoint that holds a UNet alone, which fit this one.
+
+    Raises:
+        CheckpointError: they are of another architecture.
+    """
     from safetensors.torch import load_file
 
     assert checkpoint.weights
@@ -269,4 +274,4 @@ def _lay_over(unet: "torch.nn.Module", checkpoint: Checkpoint) -> None:
             f"{checkpoint.weights} is a UNet of another architecture than {checkpoint.folder}: "
             f"{len(wrong)} tensors differ, the first is {wrong[0]}. Give its own base with --base."
         )
-    unet.load_state_dict(new)
+    return new

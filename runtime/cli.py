@@ -502,8 +502,8 @@ def _compare(
     plain_call, plain_name = call, "diffusers"
     if source.preset.steps:
         click.echo(
-            f"{source.name} was trained for few steps, at all calls of which it is no reference: "
-            f"it is compared with its base {source.base.name}.",
+            f"{source.name} was trained for its own plan alone, so it is compared with the full "
+            f"sampler of its base {source.base.name}.",
             err=True,
         )
         plain = load_pipeline(source.base, dtype, device)

@@ -5,10 +5,12 @@ with one encoder run is one run of the encoder, one of the decoder and one small
 from noise to picture.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from encache.model.split import SplitUNet
@@ -31,7 +33,7 @@ def compose(
         The history (z, eps_0, ..., eps_{N-1}) [N + 1, B, C, h, w], float32; a row of
         `plan.samples` over it gives latents.
     """
-    run = recomputed if recompute else called
+    run = runner(recompute)
     dtype = split.encoder.unet.dtype
     history = noise[None]
     ring: list[tuple[Tensor, ...]] = [()] * plan.num_slots
@@ -51,17 +53,16 @@ def compose(
 
 def latents_of(row: Row, history: Tensor) -> Tensor:
     """Combine the history [K, B, C, h, w] by the first K of a row's coefficients."""
-    return torch.tensordot(history.new_tensor(row[: len(history)]), history, 1)
+    # Not as a matrix product, which mixed precision would round.
+    coefficients = history.new_tensor(row[: len(history)]).view(-1, 1, 1, 1, 1)
+    return (coefficients * history).sum(0)
 
 
-def called(half: nn.Module, *arguments: Any) -> Any:
-    """Run a half of the UNet."""
-    return half(*arguments)
-
-
-def recomputed(half: nn.Module, *arguments: Any) -> Any:
-    """Run it, and run it again backwards instead of keeping its activations."""
-    return checkpoint(half, *arguments, use_reentrant=False)
+def runner(recompute: bool) -> Callable[..., Any]:
+    """Runs a half of the UNet; `recompute` keeps no activations and runs it again backwards."""
+    if not recompute:
+        return lambda half, *arguments: half(*arguments)
+    return partial(checkpoint, use_reentrant=False)
 
 
 def relative_error(latents: Tensor, wanted: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from encache.errors import EncacheError
 from encache.model.features import Cut, ImageSpec
 from encache.model.split import SplitUNet
 from encache.model.text import tokenize
+from encache.train.composed import runner
 from encache.train.data import Draws, Example, Pictures, Steps, batches
 from encache.train.diffusion import (
     Prediction,
@@ -239,19 +239,15 @@ class FCRObjective(nn.Module):
         self, split: SplitUNet, latents: Tensor, timesteps: Tensor, text: Tensor
     ) -> tuple[Tensor, ...]:
         """One encoder call, with one timestep per picture."""
-        if self.recompute:
-            return checkpoint(split.encoder, latents, timesteps, text, use_reentrant=False)
-        return split.encoder(latents, timesteps, text)
+        return runner(self.recompute)(split.encoder, latents, timesteps, text)
 
     def _decode(
         self, split: SplitUNet, features: Sequence[Tensor], timesteps: Tensor, text: Tensor
     ) -> Tensor:
         """One decoder call on its own features, with one timestep per picture."""
         weights = features[0].new_ones(1, 1)
-        arguments = ([one[None] for one in features], weights, timesteps[None], text)
-        if self.recompute:
-            return checkpoint(split.decoder, *arguments, use_reentrant=False)
-        return split.decoder(*arguments)
+        ring = [one[None] for one in features]
+        return runner(self.recompute)(split.decoder, ring, weights, timesteps[None], text)
 
 
 def fcr_task(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -19,7 +19,7 @@ from encache import __version__
 from encache.errors import EncacheError
 from encache.files import check_writable, replacing
 from encache.model.checkpoint import Checkpoint
-from encache.train.loop import Batches, Recipe, averaged, fit
+from encache.train.loop import Batches, GroupOf, Recipe, averaged, check_identity, fit
 from encache.train.weights import replacing_weights, write_weights
 
 #: What diffusers' own LoRA training adapts: the projections of every attention.
@@ -80,7 +80,9 @@ class Task:
         draw: a picture of prompts, from a seed, as the UNet is at the moment.
         measure: figures for the log beside that picture.
         header: strings for the header of the written weights.
-        rate_of: see `fit`.
+        prepare: makes what the batches need and is not there yet; once all else was checked.
+        group_of: see `fit`.
+        lora_use: what the LoRA of a run with a rank is good for, to be printed.
         finish: called once the last step is done.
     """
 
@@ -92,7 +94,11 @@ class Task:
     draw: Callable[[Sequence[str], int], Image.Image]
     measure: Callable[[], Mapping[str, float]] = dict
     header: Mapping[str, str] = field(default_factory=dict)
-    rate_of: Callable[[str], float] = lambda name: 1.0
+    prepare: Callable[[], None] = lambda: None
+    group_of: GroupOf = lambda name: ("all", 1.0)
+    lora_use: str = (
+        "give it to --lora of encache-run or encache-export, beside the model that was fine-tuned"
+    )
     finish: Callable[[], None] = lambda: None
 
 
@@ -121,15 +127,21 @@ def fine_tune(
     """
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         # There, PyTorch's fused attention takes a third of the step, mostly backwards.
-        pipeline.unet.set_attn_processor(AttnProcessor())
-    if run.lora_rank:
-        add_lora(pipeline.unet, run.lora_rank, run.seed)
+        for part in task.objective.children():
+            if isinstance(part, UNet2DConditionModel):
+                part.set_attn_processor(AttnProcessor())
     if run.gradient_checkpointing:
         task.enable_gradient_checkpointing()
+    if run.lora_rank:
+        lora_config(run.lora_rank)  # refused before anything takes long
     facts = _facts(checkpoint, task, run, accelerator)
     _prepare_folder(run, task.name, facts)
+    check_identity(run.checkpoint, facts)
     accelerator.wait_for_everyone()
     _start_log(task.name, accelerator)
+    task.prepare()
+    if run.lora_rank:
+        add_lora(pipeline.unet, run.lora_rank, run.seed)
 
     def on_step(step: int, losses: Mapping[str, float], average: Mapping[str, Tensor]) -> None:
         accelerator.log(dict(losses), step=step)
@@ -146,7 +158,7 @@ def fine_tune(
         accelerator=accelerator,
         identity=facts,
         on_step=on_step,
-        rate_of=task.rate_of,
+        group_of=task.group_of,
     )
     accelerator.end_training()
     task.finish()
@@ -227,7 +239,10 @@ def _validate(
                 words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
                 print(f"step {step}: {words}", file=sys.stderr)
             if run.validation_prompts:
-                _save_grid(task.draw(run.validation_prompts, run.seed), run, facts, step)
+                try:
+                    _save_grid(task.draw(run.validation_prompts, run.seed), run, facts, step)
+                except EncacheError as error:  # not finite, which training may still mend
+                    print(f"step {step}: no validation pictures: {error}", file=sys.stderr)
     accelerator.wait_for_everyone()
 
 
@@ -240,19 +255,26 @@ def _save_grid(grid: Image.Image, run: Run, facts: Mapping[str, Any], step: int)
         grid.save(path, "PNG", pnginfo=info)
 
 
-def add_lora(unet: Any, rank: int, seed: int) -> None:
-    """Freeze a UNet and add an adapter of this rank to its attentions."""
+def lora_config(rank: int) -> Any:
+    """An adapter of this rank for a UNet's attentions.
+
+    Raises:
+        EncacheError: peft is missing.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise EncacheError('LoRA needs peft: pip install "encache[train]".') from error
+    return LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*LORA_TARGETS]
+    )
+
+
+def add_lora(unet: Any, rank: int, seed: int) -> None:
+    """Freeze a UNet and add an adapter to it."""
     unet.requires_grad_(False)
     torch.manual_seed(seed)  # of the adapter's first weights
-    unet.add_adapter(
-        LoraConfig(
-            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*LORA_TARGETS]
-        )
-    )
+    unet.add_adapter(lora_config(rank))
 
 
 def _save_lora(pipeline: StableDiffusionPipeline, path: Path) -> None:

@@ -78,6 +78,9 @@ def digest(tensor: Tensor) -> str:
 
 #: Yields the batches of one process from the given step on, `accumulation` for every step.
 Batches = Callable[[int], Iterator[Any]]
+#: To which group a parameter belongs, by its name, and the multiple of the learning rate with which
+#: that group learns. The gradients of a group are clipped together.
+GroupOf = Callable[[str], tuple[str, float]]
 #: Told of every step: its index, the mean losses over all processes, and the averaged weights.
 OnStep = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
 
@@ -110,7 +113,7 @@ def fit(
     accelerator: Accelerator | None = None,
     identity: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
-    rate_of: Callable[[str], float] = lambda name: 1.0,
+    group_of: GroupOf = lambda name: ("all", 1.0),
 ) -> None:
     """Minimise the losses over the trainable parameters of `model`; leave the average in it.
 
@@ -124,8 +127,7 @@ def fit(
         accelerator: processes, device and precision; by default accelerate's choice.
         identity: settings that a checkpoint must share to be gone on from.
         on_step: for logs and validation.
-        rate_of: the multiple of the learning rate with which a parameter, by its name, learns.
-            Parameters of one rate have their gradients clipped together.
+        group_of: see `GroupOf`; by default all parameters learn alike.
 
     Raises:
         EncacheError: the loss or its gradient is not finite (the last checkpoint is kept), or the
@@ -137,7 +139,8 @@ def fit(
     model.to(accelerator.device).train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe, rate_of))
+    prepared, optimizer = accelerator.prepare(model, _make_optimizer(parameters, recipe, group_of))
+    rates = list(dict(map(group_of, parameters)).values())  # in the order of the groups
     run = _Run(checkpoint, identity or {}, parameters, average, optimizer, accelerator)
     start = run.restore(recipe.steps)
     bar = progress(
@@ -149,8 +152,8 @@ def fit(
     )
     source = batches(start)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step) * group["rate"]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = recipe.learning_rate_at(step) * rate
         losses = _accumulate(accelerator, prepared, source, compute_losses, recipe.accumulation)
         norm = _clip(accelerator, optimizer, recipe.gradient_clip or math.inf)
         # fp16's scaler skips steps whose gradient overflows, and that is no failure.
@@ -199,12 +202,13 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
 
 
 def _make_optimizer(
-    parameters: Mapping[str, nn.Parameter], recipe: Recipe, rate_of: Callable[[str], float]
+    parameters: Mapping[str, nn.Parameter], recipe: Recipe, group_of: GroupOf
 ) -> Any:
-    groups: dict[float, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        rate = rate_of(name)
-        groups.setdefault(rate, {"params": [], "rate": rate})["params"].append(parameter)
+        label, rate = group_of(name)
+        group = groups.setdefault(label, {"params": [], "lr": rate * recipe.learning_rate})
+        group["params"].append(parameter)
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if not recipe.use_8bit_adam:
         return torch.optim.AdamW(groups.values(), **options, fused=True)
@@ -223,7 +227,7 @@ def _clip(accelerator: Accelerator, optimizer: Any, largest: float) -> float:
     # A scaler's gradients are unscaled once, for all groups.
     accelerator.unscale_gradients(optimizer)
     norms = [nn.utils.clip_grad_norm_(group["params"], largest) for group in optimizer.param_groups]
-    return max(norm.item() for norm in norms)
+    return torch.stack(norms).max().item()  # NaN if any of them is
 
 
 def _accumulate(
@@ -296,31 +300,50 @@ class _Run:
         return step
 
     def _load(self) -> int:
+        state = _read(self.checkpoint, self.identity)
         try:
-            # Mapped, so that several processes of a machine share one copy.
-            state = torch.load(self.checkpoint, weights_only=True, map_location="cpu", mmap=True)
-            theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
-            if theirs == ours:
-                _copy(state["model"], self.parameters)
-                _copy(state["average"], self.average)
-                self.optimizer.load_state_dict(state["optimizer"])
-                if self.accelerator.scaler:
-                    self.accelerator.scaler.load_state_dict(state["scaler"])
-                return state["step"]
-        except Exception as error:  # a damaged archive, or one of another model
-            raise EncacheError(
-                f"{self.checkpoint} is no checkpoint of this run ({str(error).splitlines()[0]}). "
-                "Delete it to start over."
-            ) from error
-        different = ", ".join(
-            f"{name} {theirs.get(name)} (now {ours.get(name)})"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name) != ours.get(name)
-        )
+            _copy(state["model"], self.parameters)
+            _copy(state["average"], self.average)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            return state["step"]
+        except Exception as error:  # one of another model
+            raise _no_checkpoint(self.checkpoint, error) from error
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Raise EncacheError if there is a checkpoint that a run of this identity cannot go on from."""
+    if checkpoint.exists():
+        _read(checkpoint, identity)
+
+
+def _read(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of this identity holds, or EncacheError."""
+    try:
+        # Mapped, so that several processes of a machine share one copy.
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+        theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    except Exception as error:  # a damaged archive
+        raise _no_checkpoint(checkpoint, error) from error
+    different = ", ".join(
+        f"{name} {theirs.get(name)} (now {ours.get(name)})"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    )
+    if different:
         raise EncacheError(
-            f"{self.checkpoint} was begun with other settings: {different}. Repeat those, choose "
+            f"{checkpoint} was begun with other settings: {different}. Repeat those, choose "
             "another folder, or delete it to start over."
         )
+    return state
+
+
+def _no_checkpoint(checkpoint: Path, error: Exception) -> EncacheError:
+    return EncacheError(
+        f"{checkpoint} is no checkpoint of this run ({str(error).splitlines()[0]}). "
+        "Delete it to start over."
+    )
 
 
 def _refuse_unsupported(accelerator: Accelerator) -> None:

@@ -160,8 +160,7 @@ _FCR = (
 #: Of what a run with --rank prints.
 _USES = (
     "{0} is the whole UNet: give it to --ckpt of encache-run, encache-export or encache-eval.\n"
-    "{1} is the LoRA alone: give it to --lora of encache-run or encache-export, beside the "
-    "model that was fine-tuned."
+    "{1} is the LoRA alone: {2}."
 )
 
 
@@ -209,22 +208,20 @@ class Opened:
         if self.accelerator.is_main_process:
             click.echo("\n".join(map(str, paths)))
             if self.run.lora_rank:
-                click.echo(_USES.format(*paths), err=True)
+                click.echo(_USES.format(*paths, task.lora_use), err=True)
 
 
-def open_model(options: dict[str, Any]) -> Opened:
-    """Load what the common options name; they are those of `common_options`."""
+def open_model(checkpoint: "Checkpoint", options: dict[str, Any]) -> Opened:
+    """Load a checkpoint and prepare the run that the options of `common_options` describe."""
     import torch
     from accelerate import Accelerator
 
-    from encache.model.checkpoint import find_checkpoint
     from encache.model.loading import load_pipeline
     from encache.train.finetune import Run
     from encache.train.loop import Recipe
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    checkpoint = find_checkpoint(options["pretrained"], options["base"])
     precision, report_to = options["mixed_precision"], options["report_to"]
     try:
         accelerator = Accelerator(

@@ -4,6 +4,7 @@ They lie in a folder as shards of `SHARD` pairs. Noise and prompt are functions 
 pair's number, so only latents are stored, and any number of runs may share or prolong a folder.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -63,6 +64,12 @@ class Teacher:
     shape: tuple[int, int, int]
     seed: int = 0
     precision: str = "no"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells it from another, as JSON holds it; of the prompts only a digest."""
+        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        return json.loads(json.dumps({**asdict(self), "prompts": prompts}))
 
     def question(self, index: int) -> tuple[str, Tensor]:
         """Prompt and unit noise [C, h, w] of one pair."""
@@ -154,11 +161,12 @@ class Pairs:
             batch_size: pictures at once, at most `SHARD`.
             accelerator: the processes, mixed with the teacher's precision.
         """
-        shards = [shard for shard in range(-(-number // SHARD)) if not self._path(shard).exists()]
-        mine = shards[accelerator.process_index :: accelerator.num_processes]
+        shards = range(accelerator.process_index, -(-number // SHARD), accelerator.num_processes)
+        mine = [shard for shard in shards if not self._path(shard).exists()]
         if mine:
             check_writable(self.folder)
             self._write_facts()
+            self._read_facts()  # which another run may have written a moment ago
             pipeline = open_pipeline()
             pipeline.set_progress_bar_config(disable=True)
             with progress(
@@ -167,6 +175,9 @@ class Pairs:
                 disable=not accelerator.is_main_process,
             ) as bar:
                 for shard in mine:
+                    if self._path(shard).exists():  # by now, from another run
+                        bar.update(SHARD)
+                        continue
                     parts = []
                     for first in range(shard * SHARD, (shard + 1) * SHARD, batch_size):
                         pairs = range(first, min(first + batch_size, (shard + 1) * SHARD))
@@ -205,37 +216,47 @@ class Pairs:
         return self.folder / f"pairs-{shard:06d}.safetensors"
 
     def _open_shard(self, shard: int) -> Tensor:
+        path = self._path(shard)
+        wanted = (SHARD, len(self._stored_calls), *self.teacher.shape)
         try:
-            with safe_open(self._path(shard), "pt") as file:
-                return file.get_tensor("latents")
+            with safe_open(path, "pt") as file:
+                latents = file.get_tensor("latents")
         except (OSError, SafetensorError) as error:
-            raise EncacheError(
-                f"{self._path(shard)} cannot be read ({error}): delete it, and the same command "
-                "draws it again."
-            ) from error
-
-    def _facts(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self.teacher)))
+            raise _unreadable(path, str(error)) from error
+        if latents.shape != wanted:
+            raise _unreadable(path, f"it holds {tuple(latents.shape)}, not {wanted}")
+        return latents
 
     def _write_facts(self) -> None:
         if not (self.folder / _FACTS).exists():
-            write_json(self.folder / _FACTS, self._facts())
+            write_json(self.folder / _FACTS, self.teacher.facts)
 
     def _read_facts(self) -> Sequence[int]:
         """The calls after which latents are stored; all that this teacher needs are among them."""
         path = self.folder / _FACTS
         if not path.exists():
+            if next(self.folder.glob("pairs-*.safetensors"), None):
+                raise EncacheError(
+                    f"{self.folder} holds pairs, but no {_FACTS} that says of which teacher. "
+                    "Choose another --pairs-dir, or delete it."
+                )
             return self.teacher.calls
         try:
             theirs = dict(parse_json(path.read_bytes()))
-        except (ValueError, TypeError) as error:
+            stored = tuple(map(int, theirs["calls"]))
+        except (ValueError, TypeError, KeyError) as error:
             raise EncacheError(f"{path} is damaged ({error}). Choose another folder.") from error
-        ours = self._facts()
+        ours = self.teacher.facts
         different = [name for name in ours if name != "calls" and theirs.get(name) != ours[name]]
-        stored = theirs.get("calls", [])
         if different or not set(ours["calls"]) <= set(stored):
             raise EncacheError(
                 f"{self.folder} holds pairs of another teacher; it differs in "
                 f"{', '.join(different) or 'calls'}. Choose another --pairs-dir, or delete it."
             )
         return stored
+
+
+def _unreadable(path: Path, reason: str) -> EncacheError:
+    return EncacheError(
+        f"{path} cannot be used ({reason}): delete it, and the same command draws it again."
+    )

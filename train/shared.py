@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
 from encache.runtime.plan import Plan
-from encache.train.composed import called, compose, latents_of, recomputed, relative_error
+from encache.train.composed import compose, latents_of, relative_error, runner
 from encache.train.diffusion import Prediction, add_noise, noise_of
 from encache.train.fcr import FCR, consistency, consistency_over_time
 from encache.train.finetune import add_lora
@@ -24,7 +24,7 @@ from encache.train.loop import Losses
 
 @dataclass(frozen=True)
 class Shared:
-    """The sum of losses of a student whose decoder calls share encoder runs.
+    """The losses of a student whose decoder calls share encoder runs, and their weights.
 
     Attributes:
         latent_weight: of the relative squared error against the teacher's latents. It keeps every
@@ -32,11 +32,12 @@ class Shared:
         perceptual_weight: of the same pictures' relative squared difference in the features of the
             unchanged UNet's encoder, noised alike (after arXiv 2401.00110). It needs no other
             network, and asks for what the model sees rather than for every latent pixel.
-        vsd_weight: of variational score distillation (arXiv 2305.16213), which asks for likely
-            pictures rather than for the teacher's, and so stays sharp. It needs no pairs.
+        vsd_weight: of variational score distillation (arXiv 2305.16213, with guidance for both
+            scores as arXiv 2505.21960 has it), which asks for likely pictures rather than for the
+            teacher's, and so stays sharp. It needs no pairs.
         vsd_rank: of the LoRA on the unchanged UNet that follows the student's own distribution.
         vsd_rate: its learning rate, as a multiple of the student's.
-        guidance_scale: of the teacher's score in it.
+        guidance_scale: of both scores in it; 1 or less is none.
         fcr: the regulariser; weight 0 does without. Its cut is the student's.
     """
 
@@ -60,7 +61,8 @@ class SharedBatch:
 
     `wanted` [B, E, C, h, w] are the teacher's latents at the E places that are compared; `empty`
     [1, L, D] is the text of no prompt. Fresh noise `renoise` [B, C, h, w], `timesteps` [B] and
-    `deltas` [B] serve the losses that noise pictures again; `dropped` [B] leaves prompts out.
+    `deltas` [B] serve the losses that noise pictures again; the score's own loss has `score_noise`
+    and `score_timesteps`, and `dropped` [B] leaves its prompts out.
     """
 
     noise: Tensor
@@ -70,6 +72,8 @@ class SharedBatch:
     renoise: Tensor
     timesteps: Tensor
     deltas: Tensor
+    score_noise: Tensor
+    score_timesteps: Tensor
     dropped: Tensor
 
 
@@ -113,6 +117,7 @@ class SharedObjective(nn.Module):
         self.teacher: UNet2DConditionModel | None = None
         if settings.perceptual_weight or settings.vsd_weight:
             self.teacher = copy.deepcopy(unet).requires_grad_(False).eval()
+        SplitUNet(unet, cut)  # refuses what cannot be cut so
         if settings.vsd_weight:
             add_lora(self.teacher, settings.vsd_rank, seed)
 
@@ -121,9 +126,17 @@ class SharedObjective(nn.Module):
         self.unet.enable_gradient_checkpointing()
         self.recompute = True
 
-    def rate_of(self, name: str) -> float:
-        """The multiple of the learning rate with which a parameter of this module learns."""
-        return self.settings.vsd_rate if name.startswith("teacher.") else 1.0
+    def train(self, mode: bool = True) -> "SharedObjective":
+        """Set the mode of the student; the teacher's stays."""
+        super().train(mode)
+        if self.teacher:
+            self.teacher.eval()
+        return self
+
+    def group_of(self, name: str) -> tuple[str, float]:
+        """The score's adapter learns at its own rate; see `encache.train.loop.fit`."""
+        adapter = name.startswith("teacher.")
+        return ("score", self.settings.vsd_rate) if adapter else ("student", 1.0)
 
     def forward(self, batch: SharedBatch) -> Losses:
         """Draw the pictures and compare them."""
@@ -173,29 +186,33 @@ class SharedObjective(nn.Module):
             student = self._guided_noise(noised, batch, adapted=True)
             variance = 1 - self.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
             target = latents - variance * (teacher - student)
+        # Older PyTorch would use the adapter's casts, made here without gradient, for its own loss.
+        torch.clear_autocast_cache()
         return 0.5 * (latents - target).square().mean()
 
     def score_error(self, latents: Tensor, batch: SharedBatch) -> Tensor:
         """The adapted teacher's denoising loss on the student's pictures (arXiv 2305.16213)."""
         assert self.teacher is not None
-        # The noise of the next row at its level: not that which the distillation looked at.
-        renoise, timesteps = batch.renoise.roll(1, 0), batch.timesteps.roll(1, 0)
+        timesteps = batch.score_timesteps
         text = torch.where(batch.dropped.view(-1, 1, 1), batch.empty, batch.text)
-        noised = self._noised(latents, renoise, timesteps)
+        noised = self._noised(latents, batch.score_noise, timesteps)
         self.teacher.enable_adapters()
+        # Only here: what is run again backwards must find the adapter as it is then.
+        if self.recompute:
+            self.teacher.enable_gradient_checkpointing()
         output = self.teacher(noised, timesteps, text).sample
+        self.teacher.disable_gradient_checkpointing()
         alpha_bar = self.alphas_cumprod[timesteps]
         predicted = noise_of(noised.float(), output.float(), alpha_bar, self.prediction)
         weight = alpha_bar.view(-1, 1, 1, 1)
-        return (weight * (predicted - renoise).square()).mean()
+        return (weight * (predicted - batch.score_noise).square()).mean()
 
     def fcr(self, split: SplitUNet, batch: SharedBatch) -> Tensor:
         """lambda ||Enc(x_t) - Enc(x_{t-D})||^2 of the student on the teacher's pictures."""
 
         def encode(timesteps: Tensor) -> tuple[Tensor, ...]:
             noised = self._noised(batch.wanted[:, -1], batch.noise, timesteps)
-            run = recomputed if self.recompute else called
-            return run(split.encoder, noised, timesteps, batch.text)
+            return runner(self.recompute)(split.encoder, noised, timesteps, batch.text)
 
         older = encode(batch.timesteps)
         return consistency_over_time(
@@ -206,15 +223,15 @@ class SharedObjective(nn.Module):
         """eps with guidance, by the teacher or by its adapted twin."""
         assert self.teacher is not None
         (self.teacher.enable_adapters if adapted else self.teacher.disable_adapters)()
-        text = torch.cat([batch.empty.expand_as(batch.text), batch.text])
-        timesteps = batch.timesteps.repeat(2)
-        output = self.teacher(noised.repeat(2, 1, 1, 1), timesteps, text).sample
+        texts = [batch.text]
+        if self.settings.guidance_scale > 1:
+            texts.insert(0, batch.empty.expand_as(batch.text))
+        rows, timesteps = noised.repeat(len(texts), 1, 1, 1), batch.timesteps.repeat(len(texts))
+        output = self.teacher(rows, timesteps, torch.cat(texts)).sample
         alpha_bar = self.alphas_cumprod[timesteps]
-        noise = noise_of(
-            noised.repeat(2, 1, 1, 1).float(), output.float(), alpha_bar, self.prediction
-        )
-        without, given = noise.chunk(2)
-        return without + self.settings.guidance_scale * (given - without)
+        noise = noise_of(rows.float(), output.float(), alpha_bar, self.prediction)
+        *without, given = noise.chunk(len(texts))
+        return without[0].lerp(given, self.settings.guidance_scale) if without else given
 
     def _frozen_teacher(self) -> UNet2DConditionModel:
         assert self.teacher is not None

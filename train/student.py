@@ -13,7 +13,7 @@ from torch import Tensor
 
 from encache.model.checkpoint import Checkpoint
 from encache.model.features import Cut
-from encache.model.loading import load_pipeline
+from encache.model.loading import unet_weights
 from encache.model.preset import PRESET_KEY, Preset
 from encache.model.text import tokenize
 from encache.runtime.blend import Blend
@@ -82,7 +82,7 @@ def make_student(
     changes = {"timestep_spacing": timestep_spacing}
     if prediction:
         changes["prediction_type"] = prediction
-    solver = type(solver).from_config({**solver.config, **changes})
+    solver = type(solver).from_config(solver.config, **changes)
     stride = stride or count_calls(solver, steps)
     preset = Preset(
         scheduler=full_config(solver),
@@ -136,21 +136,23 @@ class Questions:
         for batch in count(start * self.run.recipe.accumulation):
             step, part = divmod(batch, self.run.recipe.accumulation)
             first = (part * self.accelerator.num_processes + self.accelerator.process_index) * rows
-            yield self._batch([generator_of(self.run.seed, step, first + i) for i in range(rows)])
+            places = range(first, first + rows)
+            # The last number tells these draws from those of the pairs at an equal seed.
+            yield self._batch([generator_of(self.run.seed, step, row, 1) for row in places])
 
-    def held_out(self) -> SharedBatch:
-        """The pairs after those that are trained on, without anything drawn."""
-        return self._ask(range(self.number, self.number + NUM_HELD_OUT))
+    def held_out(self) -> Iterator[SharedBatch]:
+        """The pairs after those that are trained on, in batches of the run's size."""
+        pairs = range(self.number, self.number + NUM_HELD_OUT)
+        for first in range(0, NUM_HELD_OUT, self.run.batch_size):
+            part = pairs[first : first + self.run.batch_size]
+            yield self._ask(part, [generator_of(index) for index in part])
 
     def _batch(self, draws: Sequence[torch.Generator]) -> SharedBatch:
         limit = self.number if self.settings.needs_pairs else 2**31
         indices = [int(torch.randint(limit, (), generator=draw)) for draw in draws]
         return self._ask(indices, draws)
 
-    def _ask(
-        self, indices: Sequence[int], draws: Sequence[torch.Generator] | None = None
-    ) -> SharedBatch:
-        draws = draws or [generator_of(index) for index in indices]
+    def _ask(self, indices: Sequence[int], draws: Sequence[torch.Generator]) -> SharedBatch:
         device = self.accelerator.device
         prompts, noises = zip(*map(self.pairs.teacher.question, indices), strict=True)
         noise = torch.stack(noises).to(device)
@@ -172,6 +174,10 @@ class Questions:
             renoise=drawn(lambda draw: torch.randn(noise.shape[1:], generator=draw)),
             timesteps=drawn(lambda draw: torch.randint(*bounds, (), generator=draw)),
             deltas=drawn(lambda draw: torch.randint(1, delta_max + 1, (), generator=draw)),
+            score_noise=drawn(lambda draw: torch.randn(noise.shape[1:], generator=draw)),
+            score_timesteps=drawn(
+                lambda draw: torch.randint(self.num_timesteps, (), generator=draw)
+            ),
             dropped=drawn(lambda draw: torch.rand((), generator=draw) < _SCORE_DROPOUT),
         )
 
@@ -185,18 +191,20 @@ def shared_task(
     run: Run,
     accelerator: Accelerator,
     start: Checkpoint | None = None,
+    draw_pairs: Callable[[int], None] = lambda number: None,
 ) -> Task:
     """Fine-tuning for a plan with `SharedObjective`.
 
     Args:
         pipeline: the loaded model.
         student: how the fine-tuned model samples.
-        pairs: the teacher's pictures, of which `number` and `NUM_HELD_OUT` more are drawn.
+        pairs: the teacher's pictures, of which `number` are trained on.
         settings: the losses.
         start: the student's first weights; by default the teacher's.
+        draw_pairs: draws the first pairs, so many, as far as they are missing.
 
     Raises:
-        EncacheError: the model predicts what training does not know.
+        EncacheError: the model predicts what training does not know, or cannot be cut so.
     """
     objective = SharedObjective(
         pipeline.unet,
@@ -208,8 +216,14 @@ def shared_task(
         settings,
         run.seed,
     )
-    if start:  # now that the losses have their copy of the teacher
-        pipeline.unet.load_state_dict(load_pipeline(start).unet.state_dict())
+    first_weights = unet_weights(start, pipeline.unet) if start else None
+
+    def prepare() -> None:
+        if settings.needs_pairs:
+            draw_pairs(number + NUM_HELD_OUT)
+        if first_weights:  # the pairs, and the losses' copy, are the teacher's
+            pipeline.unet.load_state_dict(first_weights)
+
     dtype = frozen_dtype(accelerator)
     pipeline.vae.to(accelerator.device, dtype)  # for the pictures that show how far it is
     text_encoder = pipeline.text_encoder.to(accelerator.device, dtype).requires_grad_(False)
@@ -223,10 +237,11 @@ def shared_task(
     questions = Questions(pairs, number, settings, num_timesteps, run, accelerator, embed)
 
     def held_out_error() -> dict[str, float]:
-        batch = questions.held_out()
-        latents = objective.sample(batch.noise, batch.text)
-        error = relative_error(latents[:, -1], batch.wanted[:, -1]).mean()
-        return {"held_out_latent_error": error.item()}
+        errors = [
+            relative_error(objective.sample(one.noise, one.text)[:, -1], one.wanted[:, -1])
+            for one in questions.held_out()
+        ]
+        return {"held_out_latent_error": torch.cat(errors).mean().item()}
 
     return Task(
         name="shared",
@@ -234,15 +249,17 @@ def shared_task(
         enable_gradient_checkpointing=objective.enable_gradient_checkpointing,
         batches=questions,
         facts={
-            "teacher": asdict(pairs.teacher),
-            "pairs": number,
+            **({"teacher": pairs.teacher.facts, "pairs": number} if settings.needs_pairs else {}),
+            "prompts": pairs.teacher.facts["prompts"],
             "plan": student.plan.hash(),
             "cut": student.cut,
             "loss": asdict(settings),
             "student": start.fingerprint if start else None,
         },
         draw=lambda prompts, seed: _draw(pipeline, student, prompts, seed),
-        rate_of=objective.rate_of,
+        prepare=prepare,
+        group_of=objective.group_of,
+        lora_use="it draws by the plan in that file's header, beside the weights that were trained",
         measure=held_out_error if settings.needs_pairs else dict,
         header={PRESET_KEY: student.preset.to_json()},
     )

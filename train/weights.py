@@ -23,8 +23,8 @@ def replacing_weights(path: Path) -> Iterator[Path]:
             yield temporary
     except Exception as error:
         raise EncacheError(
-            f"{path} could not be written ({error}): free some space, then run the same command "
-            "again; what was finished is kept."
+            f"{path} could not be written ({error}): check the disk, free some space, then run the "
+            "same command again; what was finished is kept."
         ) from error
 
 

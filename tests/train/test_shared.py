@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from encache.errors import EncacheError
 from encache.model.checkpoint import find_checkpoint
@@ -51,8 +53,22 @@ def make(
     cut="mid",
     blend="reuse",
 ):
-    model = stable_diffusion_scheduler()
-    return make_student(model, scheduler, spacing, prediction, steps, stride, cut, blend)
+    """From a scheduler whose config leaves out what it does not change, as Stable Diffusion's."""
+    model = DDIMScheduler.from_config(
+        {
+            "_class_name": "DDIMScheduler",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        }
+    )
+    made = make_student(model, scheduler, spacing, prediction, steps, stride, cut, blend)
+    config = made.scheduler.config
+    assert (config.timestep_spacing, config.prediction_type) == (spacing, prediction or "epsilon")
+    return made
 
 
 def make_objective(settings=None, student=None, seed=0):
@@ -74,6 +90,8 @@ def make_batch(size=3, num_ends=1, seed=0):
         renoise=torch.randn(size, *SHAPE),
         timesteps=torch.tensor([20, 400, 980][:size]),
         deltas=torch.tensor([1, 10, 5][:size]),
+        score_noise=torch.randn(size, *SHAPE),
+        score_timesteps=torch.tensor([700, 30, 200][:size]),
         dropped=torch.tensor([False, True, False][:size]),
     )
 
@@ -220,8 +238,8 @@ def test_the_score_follows_the_student_and_the_student_the_score():
     learning = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
     adapter = [name for name in learning if name.startswith("teacher.")]
     assert adapter
-    assert all("lora" in name and objective.rate_of(name) == 50.0 for name in adapter)
-    assert objective.rate_of("unet.conv_in.weight") == 1.0
+    assert all("lora" in name and objective.group_of(name)[1] == 50.0 for name in adapter)
+    assert objective.group_of("unet.conv_in.weight")[1] == 1.0
     assert any(learning[name].abs().max() > 0 for name in adapter)
     # The score's own loss does not reach the student.
     objective.zero_grad()
@@ -306,6 +324,29 @@ def test_pairs_of_another_teacher_are_refused(tmp_path, pipeline, change, named)
         Pairs(folder, teacher_of(**change))
 
 
+def test_pairs_without_their_facts_are_refused(tmp_path, pipeline):
+    pairs = Pairs(tmp_path / "pairs", teacher_of())
+    pairs.draw_missing(1, lambda: pipeline, 64, Accelerator())
+    facts = tmp_path / "pairs" / "pairs.json"
+    facts.write_text(facts.read_text().replace('"calls": [', '"calls": 4, "x": ['))
+    with pytest.raises(EncacheError, match="damaged"):
+        Pairs(tmp_path / "pairs", teacher_of())
+    facts.unlink()
+    with pytest.raises(EncacheError, match="no pairs.json"):
+        Pairs(tmp_path / "pairs", teacher_of())
+
+
+def test_processes_share_the_shards_whenever_they_look(tmp_path, pipeline):
+    """The second looks when the first has drawn already."""
+    pairs = Pairs(tmp_path / "pairs", teacher_of())
+    for index in (0, 1):
+        process = SimpleNamespace(
+            process_index=index, num_processes=2, is_main_process=True, wait_for_everyone=int
+        )
+        pairs.draw_missing(3 * SHARD, lambda: pipeline, 64, process)
+    assert len([*(tmp_path / "pairs").glob("*.safetensors")]) == 3
+
+
 def test_a_damaged_shard_is_named(tmp_path, pipeline):
     folder = tmp_path / "pairs"
     pairs = Pairs(folder, teacher_of())
@@ -336,6 +377,18 @@ def train(arguments):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     return result
+
+
+def stop_after(calls, function):
+    """As Ctrl-C would, at the next call."""
+    left = iter(range(calls))
+
+    def stop(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return stop
 
 
 def test_the_written_file_is_a_checkpoint_with_its_plan(arguments, tmp_path, model_folder):
@@ -373,18 +426,8 @@ def test_training_lowers_the_error(arguments, tmp_path):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatch):
     train(arguments("whole", "--checkpointing-steps", 2))
-    ask = module.Questions._batch
-    calls = 0
-
-    def stop(self, draws):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return ask(self, draws)
-
     with monkeypatch.context() as patched:
-        patched.setattr(module.Questions, "_batch", stop)
+        patched.setattr(module.Questions, "_batch", stop_after(3, module.Questions._batch))
         result = CliRunner().invoke(main, arguments("parts", "--checkpointing-steps", 2))
         assert result.exit_code == 1
     assert not (tmp_path / "parts" / "shared.safetensors").exists()
@@ -444,20 +487,72 @@ def test_all_losses_and_a_lora_at_once(arguments, tmp_path):
     shown = ["--validation-prompt", "hot dog", "--validation-steps", 2]
     losses = ["--perceptual-weight", 0.1, "--vsd-weight", 0.1, "--vsd-rank", 2, "--fcr-weight", 0.1]
     result = train(arguments("out", *losses, "--rank", 2, "--fcr-form", "relative", *shown))
+    assert (tmp_path / "out" / "validation" / "step-000004.png").exists()
     whole, lora = result.stdout.split()
     assert whole.endswith("shared.safetensors")
     assert lora.endswith("shared_lora.safetensors")
     assert not any("lora" in name for name in load_file(whole))
 
 
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]])
+def test_score_distillation_does_not_depend_on_how_a_batch_is_spread(
+    arguments, tmp_path, model_folder, more
+):
+    losses = ["--vsd-weight", 1, "--vsd-rank", 2, "--perceptual-weight", 1]
+    train(arguments("large", *losses, "--train-batch-size", 4))
+    train(arguments("small", *losses, *more, "--gradient-accumulation-steps", 2))
+    large, small = (load_file(tmp_path / n / "shared.safetensors") for n in ("large", "small"))
+    start = load_pipeline(find_checkpoint(model_folder)).unet.state_dict()
+    assert share_of_the_way(small, large, start) < 0.01
+
+
+def test_a_lora_is_resumed_with_its_score(arguments, tmp_path, monkeypatch):
+    more = ["--checkpointing-steps", 2, "--rank", 2, "--vsd-weight", 1, "--vsd-rank", 2]
+    train(arguments("whole", *more))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_draw", None)
+        patched.setattr(module.Questions, "_batch", stop_after(3, module.Questions._batch))
+        assert CliRunner().invoke(main, arguments("parts", *more)).exit_code == 1
+    train(arguments("parts", *more))
+    whole, parts = (load_file(tmp_path / n / "shared.safetensors") for n in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_nothing_is_drawn_before_everything_is_checked(arguments, tmp_path, model_folder):
+    train(arguments("out"))
+    drawn = len([*(tmp_path / "pairs").iterdir()])
+    result = CliRunner().invoke(main, arguments("out", "--num-pairs", 200))
+    assert result.exit_code == 1
+    assert "begun with other settings: pairs 8 (now 200)" in result.stderr
+    result = CliRunner().invoke(main, arguments("new", "--num-pairs", 200, "--prompts", "nowhere"))
+    assert result.exit_code == 2
+    other = tmp_path / "other.safetensors"
+    save_file(tiny_unet(layers_per_block=2).state_dict(), other)
+    values = arguments("new", "--num-pairs", 200, "--student-weights", other)
+    result = CliRunner().invoke(main, values)
+    assert result.exit_code == 1
+    assert "another architecture" in result.stderr
+    assert len([*(tmp_path / "pairs").iterdir()]) == drawn
+
+
 def test_score_distillation_alone_needs_no_pairs(arguments, tmp_path):
-    train(arguments("out", "--latent-weight", 0, "--vsd-weight", 1, "--vsd-rank", 2))
-    assert not (tmp_path / "pairs").exists()
+    values = arguments("out", "--latent-weight", 0, "--vsd-weight", 1, "--vsd-rank", 2)
+    for name in ("--pairs-dir", "--num-pairs", "--teacher-steps", "--teacher-batch-size"):
+        at = values.index(name)
+        del values[at : at + 2]
+    train(values)
+    assert not (tmp_path / "out" / "pairs").exists()
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["--vsd-rank", 4], "--vsd-rank means nothing without --vsd-weight"),
+        (["--fcr-form", "relative"], "--fcr-form means nothing without --fcr-weight"),
+        (
+            ["--latent-weight", 0, "--vsd-weight", 1],
+            "means nothing without --latent-weight or --perceptual-weight",
+        ),
         (["--latent-weight", 0], "nothing says what to draw"),
         (["--stride", 9], "between 1"),
         (["--steps", 5000], "between 1 and 1000 steps"),
