@@ -38,6 +38,7 @@ class Run:
         resume: go on from checkpoint.pt when there is one, and overwrite nothing where there is
             none; otherwise start over and replace what is there.
         lora_rank: 0 trains the whole UNet.
+        dtype: of the written UNet; the training itself keeps fp32.
         validation_prompts: drawn every `validation_every` steps with the averaged weights.
     """
 
@@ -47,6 +48,7 @@ class Run:
     resume: bool = True
     lora_rank: int = 0
     gradient_checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
     validation_prompts: tuple[str, ...] = ()
     validation_every: int = 500
     seed: int = 0
@@ -168,7 +170,8 @@ def fine_tune(
             _save_lora(pipeline, results[1])
         made_by = {_METADATA_KEY: json.dumps({**facts, "steps": run.recipe.steps})}
         base = {"base": checkpoint.base_name} if checkpoint.base_name else {}
-        write_weights(pipeline.unet, results[0], {**made_by, **base, **task.header})
+        header = {**made_by, **base, **task.header}
+        write_weights(pipeline.unet, results[0], header, run.dtype)
     return results
 
 

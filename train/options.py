@@ -87,6 +87,13 @@ _COMMON = (
         show_default=True,
         help="Train a LoRA of this rank on the attentions; 0 trains the whole UNet.",
     ),
+    click.option(
+        "--save-dtype",
+        type=click.Choice(("fp32", "fp16")),
+        default="fp32",
+        show_default=True,
+        help="Of the written UNet; fp16 is half as large.",
+    ),
     click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
     click.option(
         "--mixed-precision",
@@ -216,6 +223,7 @@ def open_model(checkpoint: "Checkpoint", options: dict[str, Any]) -> Opened:
     import torch
     from accelerate import Accelerator
 
+    from encache.export.graphs import TORCH_DTYPES
     from encache.model.loading import load_pipeline
     from encache.train.finetune import Run
     from encache.train.loop import Recipe
@@ -250,6 +258,7 @@ def open_model(checkpoint: "Checkpoint", options: dict[str, Any]) -> Opened:
         batch_size=options["train_batch_size"],
         lora_rank=options["rank"],
         gradient_checkpointing=options["gradient_checkpointing"],
+        dtype=TORCH_DTYPES[options["save_dtype"]],
         validation_prompts=options["validation_prompt"],
         validation_every=options["validation_steps"],
         seed=options["seed"],

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,9 +29,12 @@ def replacing_weights(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_weights(module: nn.Module, path: Path, header: Mapping[str, str]) -> None:
+def write_weights(
+    module: nn.Module, path: Path, header: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> None:
     """Write the parameters and buffers of a module, with some strings in the file's header."""
-    write_tensors(module.state_dict(), path, header)
+    tensors = module.state_dict().items()
+    write_tensors({name: tensor.to(dtype) for name, tensor in tensors}, path, header)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:

@@ -413,6 +413,17 @@ def test_the_written_file_is_a_checkpoint_with_its_plan(arguments, tmp_path, mod
         assert grid.size == (8 * 16, 16)
 
 
+def test_a_finished_run_can_be_written_in_half_the_size(arguments, tmp_path):
+    train(arguments("out"))
+    path = tmp_path / "out" / "shared.safetensors"
+    whole = load_file(path)
+    train(arguments("out", "--save-dtype", "fp16"))
+    half = load_file(path)
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    torch.testing.assert_close({name: t.half() for name, t in whole.items()}, half)
+    assert find_checkpoint(path).preset.steps == 4
+
+
 def test_training_lowers_the_error(arguments, tmp_path):
     more = ["--max-train-steps", 60, "--learning-rate", 3e-3, "--train-batch-size", 8]
     result = train(arguments("out", *more, "--ema-decay", 0, "--validation-steps", 10))
