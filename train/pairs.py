@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,6 @@ class Pairs:
         self.teacher = teacher
         self._stored_calls = self._read_facts()
         self._kept = [self._stored_calls.index(call) for call in teacher.calls]
-        self._open = lru_cache(maxsize=None)(self._open_shard)
 
     def draw_missing(
         self,
@@ -156,8 +154,7 @@ class Pairs:
 
         Args:
             number: how many.
-            open_pipeline: opens the teacher at the cut "out", in its precision or to be mixed with
-            it; not called when nothing is missing.
+            open_pipeline: opens the teacher at the cut "out"; not called when nothing is missing.
             batch_size: pictures at once, at most `SHARD`.
             accelerator: the processes, mixed with the teacher's precision.
         """
@@ -189,7 +186,18 @@ class Pairs:
     def latents(self, index: int) -> Tensor:
         """What the teacher makes of a pair's question, after each of its calls [E, C, h, w]."""
         shard, row = divmod(index, SHARD)
-        return self._open(shard)[row, self._kept].float()
+        path, shape = self._path(shard), [SHARD, len(self._stored_calls), *self.teacher.shape]
+        try:
+            with safe_open(path, "pt") as file:
+                stored = file.get_slice("latents")
+                if stored.get_shape() != shape:
+                    raise SafetensorError(f"it holds {stored.get_shape()}, not {shape}")
+                latents = stored[row]
+        except (OSError, SafetensorError) as error:
+            raise EncacheError(
+                f"{path} cannot be used ({error}): delete it, and the same command draws it again."
+            ) from error
+        return latents[self._kept].float()
 
     def _draw(self, pipeline: EncachePipeline, pairs: range) -> Tensor:
         """Latents [n, E, C, h, w] of some pairs, after each of the stored calls."""
@@ -214,18 +222,6 @@ class Pairs:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"pairs-{shard:06d}.safetensors"
-
-    def _open_shard(self, shard: int) -> Tensor:
-        path = self._path(shard)
-        wanted = (SHARD, len(self._stored_calls), *self.teacher.shape)
-        try:
-            with safe_open(path, "pt") as file:
-                latents = file.get_tensor("latents")
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(path, str(error)) from error
-        if latents.shape != wanted:
-            raise _unreadable(path, f"it holds {tuple(latents.shape)}, not {wanted}")
-        return latents
 
     def _write_facts(self) -> None:
         if not (self.folder / _FACTS).exists():
@@ -254,9 +250,3 @@ class Pairs:
                 f"{', '.join(different) or 'calls'}. Choose another --pairs-dir, or delete it."
             )
         return stored
-
-
-def _unreadable(path: Path, reason: str) -> EncacheError:
-    return EncacheError(
-        f"{path} cannot be used ({reason}): delete it, and the same command draws it again."
-    )

@@ -221,17 +221,15 @@ def shared_task(
     def prepare() -> None:
         if settings.needs_pairs:
             draw_pairs(number + NUM_HELD_OUT)
-        if first_weights:  # the pairs, and the losses' copy, are the teacher's
+        if first_weights:  # only now: the pairs, and the losses' copy, are the teacher's
             pipeline.unet.load_state_dict(first_weights)
-
-    dtype = frozen_dtype(accelerator)
-    pipeline.vae.to(accelerator.device, dtype)  # for the pictures that show how far it is
-    text_encoder = pipeline.text_encoder.to(accelerator.device, dtype).requires_grad_(False)
+        for part in (pipeline.text_encoder, pipeline.vae):  # the latter for validation
+            part.to(accelerator.device, frozen_dtype(accelerator)).requires_grad_(False)
 
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Tensor:
         tokens = tokenize(pipeline.tokenizer, list(prompts)).to(accelerator.device)
-        return text_encoder(tokens)[0].float()
+        return pipeline.text_encoder(tokens)[0].float()
 
     num_timesteps = len(pipeline.scheduler.alphas_cumprod)
     questions = Questions(pairs, number, settings, num_timesteps, run, accelerator, embed)
