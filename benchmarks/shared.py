@@ -137,7 +137,7 @@ def report(evaluation: Evaluation, output: Path) -> None:
 
 
 def draw_side_by_side(evaluation: Evaluation, path: Path) -> None:
-    """The first pictures: the full sampler's above, the shipped student's of the same noise below."""
+    """The first pictures: by the full sampler above, of the same noise by the student below."""
     student = own_setting(FAST, evaluation.models[FAST].checkpoint)
     first = evaluation.protocol.batches[0]
     above, below = (evaluation.pictures(one, first) for one in (Setting(SHIPPED, "", 50), student))
