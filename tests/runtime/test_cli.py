@@ -376,7 +376,7 @@ def test_weights_of_few_steps_are_compared_with_their_base(tuned, tmp_path, monk
     command = ["--ckpt", str(tuned), "--backend", "torch", "--prompt", "x", "--compare"]
     result = CliRunner().invoke(main, [*command, "--repeats", "1", "--json", "report.json"])
     assert result.exit_code == 0, result.output
-    assert "compared with its base tiny" in result.stderr
+    assert "compared with the full sampler of its base tiny" in result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     full, cached, fewer = report["rows"]
     assert full["name"] == "diffusers, tiny, 50 calls"
