@@ -239,7 +239,7 @@ def main(
     if key_calls:
         listed = _resolve_key_calls(key_calls, solver, chosen.steps)
         chosen = replace(chosen, stride=None, key_calls=listed)
-    rows_per_picture = 2 if chosen.guidance_scale > 1 else 1
+    rows_per_picture = chosen.rows
     target = manifest.identity.target if manifest else None
     if target and not comparing:
         batch_size = min(batch_size, max(1, target.rows[1] // rows_per_picture))

@@ -184,8 +184,7 @@ def trained_contender(
     """Weights that were trained for a plan, sampled by it."""
     pipeline, settings = trained.open(backend), trained.settings
     plan = make_plan(pipeline.scheduler, settings.steps, **settings.policy)
-    rows = 2 if settings.guidance_scale > 1 else 1
-    gflop = rows * arithmetic.total(plan.num_encoder_runs, plan.num_calls)
+    gflop = settings.rows * arithmetic.total(plan.num_encoder_runs, plan.num_calls)
     own = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
     name = f"trained for {plan.num_encoder_runs} of {plan.num_calls} calls"
     return _of(pipeline, name, {**task.call, **own, **settings.policy}, gflop)

@@ -29,6 +29,11 @@ class Settings:
     prior_noise: bool
 
     @property
+    def rows(self) -> int:
+        """Rows of the UNet per picture and call: two with guidance."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    @property
     def policy(self) -> dict[str, Any]:
         """As arguments for `EncachePipeline` and `make_plan`."""
         return {

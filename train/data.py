@@ -32,7 +32,7 @@ from encache.model.pictures import (
     read_picture,
 )
 from encache.train import emoji
-from encache.train.loop import generator_of
+from encache.train.loop import generator_of, spread
 
 #: Unreadable pictures in a row after which a run stops.
 MAX_TRIES = 20
@@ -94,7 +94,7 @@ class StoredPictures:
         self.captions = [caption for _, _, caption in samples]
         self.num_without_caption = num_without_caption
         self.num_without_picture = num_without_picture
-        self.fingerprint = _digest(f"{name} {caption}" for name, _, caption in samples)
+        self.fingerprint = digest_of_lines(f"{name} {caption}" for name, _, caption in samples)
         self._places = [place for _, place, _ in samples]
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
@@ -102,7 +102,8 @@ class StoredPictures:
         return read_picture(io.BytesIO(self._places[index].read())), self.captions[index]
 
 
-def _digest(lines: Iterable[str]) -> str:
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """sha256 of lines of text and of file names, in hexadecimal digits."""
     # File names that are no UTF-8 come as surrogates.
     return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
 
@@ -234,7 +235,7 @@ class EmojiPictures:
         self.emoji = emoji.read_emoji(folder, emoji.CONCEPT_CATEGORIES)
         self.names = [f"{one.image.parent.name}/{one.image.name}" for one in self.emoji]
         self.num_without_caption = self.num_without_picture = 0
-        self.fingerprint = _digest(f"{one.image.name} {one.captions}" for one in self.emoji)
+        self.fingerprint = digest_of_lines(f"{one.image.name} {one.captions}" for one in self.emoji)
 
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
@@ -335,9 +336,10 @@ class Steps(Dataset):
         self.num_processes = num_processes
 
     def __getitem__(self, batch: int) -> list[Example]:
-        step, part = divmod(batch, self.accumulation)
-        first = (part * self.num_processes + self.process) * self.batch_size
-        return [self._example(step, first + row) for row in range(self.batch_size)]
+        step, rows = spread(
+            batch, self.batch_size, self.accumulation, self.process, self.num_processes
+        )
+        return [self._example(step, row) for row in rows]
 
     def _example(self, step: int, row: int) -> Example:
         draws = self.draws

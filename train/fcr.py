@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from encache.errors import EncacheError
 from encache.model.features import Cut, ImageSpec
@@ -25,7 +25,7 @@ from encache.train.diffusion import (
     target,
     weighted_error,
 )
-from encache.train.finetune import Run, Task
+from encache.train.finetune import Objective, Run, Task
 from encache.train.loop import Losses
 from encache.train.validation import sample_grid
 
@@ -136,7 +136,7 @@ def spread(tensor: Tensor) -> Tensor:
     return mean_square(tensor - tensor.mean(dim=(2, 3), keepdim=True))
 
 
-class FCRObjective(nn.Module):
+class FCRObjective(Objective):
     """The UNet with its loss as one forward pass, which is what data parallel training wraps."""
 
     alphas_cumprod: Tensor
@@ -148,21 +148,14 @@ class FCRObjective(nn.Module):
         prediction: Prediction,
         settings: FCR,
     ) -> None:
-        super().__init__()
-        self.unet = unet
+        super().__init__(unet)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.prediction = prediction
         self.settings = settings
-        self.recompute = False
         # In a list, so that it is no part of this module: never trained, averaged or saved.
         self._teacher: list[UNet2DConditionModel] = []
         if settings.cached_weight:
             self._teacher.append(copy.deepcopy(unet).requires_grad_(False).eval())
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory: keep no activations inside the halves, nor inside blocks."""
-        self.unet.enable_gradient_checkpointing()
-        self.recompute = True
 
     def forward(self, batch: NoisedBatch) -> Losses:
         """Noise, predict, compare; watch the size of every tensor that crosses the cut."""
@@ -299,7 +292,6 @@ def fcr_task(
     return Task(
         name="fcr",
         objective=objective,
-        enable_gradient_checkpointing=objective.enable_gradient_checkpointing,
         batches=lambda start: map(prepare, batches(steps, start, num_workers)),
         facts={"data": pictures.fingerprint, "loss": asdict(settings), **asdict(draws)},
         draw=lambda prompts, seed: sample_grid(

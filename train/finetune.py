@@ -19,7 +19,7 @@ from encache import __version__
 from encache.errors import EncacheError
 from encache.files import check_writable, replacing
 from encache.model.checkpoint import Checkpoint
-from encache.train.loop import Batches, GroupOf, Recipe, averaged, check_identity, fit
+from encache.train.loop import Batches, Recipe, averaged, check_identity, fit
 from encache.train.weights import replacing_weights, write_weights
 
 #: What diffusers' own LoRA training adapts: the projections of every attention.
@@ -68,36 +68,56 @@ class Run:
         return self.output / "validation" / f"step-{step:06d}.png"
 
 
+class Objective(nn.Module):
+    """A UNet with its loss as one forward pass, which is what data parallel training wraps.
+
+    Its forward takes a batch and returns `encache.train.loop.Losses`.
+
+    Attributes:
+        unet: trained.
+        recompute: keep no activations inside the halves, but run them again backwards.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.recompute = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory: keep no activations inside the halves, nor inside blocks."""
+        self.unet.enable_gradient_checkpointing()
+        self.recompute = True
+
+    def group_of(self, name: str) -> tuple[str, float]:
+        """All parameters learn alike; see `encache.train.loop.GroupOf`."""
+        return "all", 1.0
+
+
 @dataclass(frozen=True)
 class Task:
     """What a run learns, made before any adapter is added to the UNet.
 
     Attributes:
         name: of the written files and of the log.
-        objective: the UNet with its loss as one forward pass from a batch to `Losses`, which is
-            what data parallel training wraps.
-        enable_gradient_checkpointing: of the objective.
+        objective: the UNet with its loss.
         batches: the data, prepared for the objective.
         facts: what tells its data and its loss from another task's.
         draw: a picture of prompts, from a seed, as the UNet is at the moment.
         measure: figures for the log beside that picture.
         header: strings for the header of the written weights.
         prepare: makes what the batches need and is not there yet; once all else was checked.
-        group_of: see `fit`.
         lora_use: what the LoRA of a run with a rank is good for, to be printed.
         finish: called once the last step is done.
     """
 
     name: str
-    objective: nn.Module
-    enable_gradient_checkpointing: Callable[[], None]
+    objective: Objective
     batches: Batches
     facts: Mapping[str, Any]
     draw: Callable[[Sequence[str], int], Image.Image]
     measure: Callable[[], Mapping[str, float]] = dict
     header: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[], None] = lambda: None
-    group_of: GroupOf = lambda name: ("all", 1.0)
     lora_use: str = (
         "give it to --lora of encache-run or encache-export, beside the model that was fine-tuned"
     )
@@ -133,7 +153,7 @@ def fine_tune(
             if isinstance(part, UNet2DConditionModel):
                 part.set_attn_processor(AttnProcessor())
     if run.gradient_checkpointing:
-        task.enable_gradient_checkpointing()
+        task.objective.enable_gradient_checkpointing()
     if run.lora_rank:
         lora_config(run.lora_rank)  # refused before anything takes long
     facts = _facts(checkpoint, task, run, accelerator)
@@ -160,7 +180,7 @@ def fine_tune(
         accelerator=accelerator,
         identity=facts,
         on_step=on_step,
-        group_of=task.group_of,
+        group_of=task.objective.group_of,
     )
     accelerator.end_training()
     task.finish()

@@ -92,6 +92,18 @@ def generator_of(*coordinates: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
+def spread(
+    batch: int, batch_size: int, accumulation: int, process: int, num_processes: int
+) -> tuple[int, range]:
+    """The step that a process's batch number `batch` belongs to, and its rows in that step.
+
+    A step's rows are numbered through, however they are spread over batches and processes.
+    """
+    step, part = divmod(batch, accumulation)
+    first = (part * num_processes + process) * batch_size
+    return step, range(first, first + batch_size)
+
+
 def step_generators(seed: int = 0) -> Batches:
     """Batches for losses that draw their own data: the bare generators."""
 

@@ -4,7 +4,6 @@ They lie in a folder as shards of `SHARD` pairs. Noise and prompt are functions 
 pair's number, so only latents are stored, and any number of runs may share or prolong a folder.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from encache.progress import progress
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.schedulers import full_config
 from encache.runtime.solver import count_calls
+from encache.train.data import digest_of_lines
 from encache.train.emoji import STYLES
 from encache.train.loop import generator_of
 from encache.train.weights import write_tensors
@@ -67,8 +67,7 @@ class Teacher:
     @property
     def facts(self) -> dict[str, Any]:
         """What tells it from another, as JSON holds it; of the prompts only a digest."""
-        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        return json.loads(json.dumps({**asdict(self), "prompts": prompts}))
+        return json.loads(json.dumps({**asdict(self), "prompts": digest_of_lines(self.prompts)}))
 
     def question(self, index: int) -> tuple[str, Tensor]:
         """Prompt and unit noise [C, h, w] of one pair."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from encache.model.features import Cut
 from encache.model.split import SplitUNet
@@ -18,7 +18,7 @@ from encache.runtime.plan import Plan
 from encache.train.composed import compose, latents_of, relative_error, runner
 from encache.train.diffusion import Prediction, add_noise, noise_of
 from encache.train.fcr import FCR, consistency, consistency_over_time
-from encache.train.finetune import add_lora
+from encache.train.finetune import Objective, add_lora
 from encache.train.loop import Losses
 
 
@@ -77,7 +77,7 @@ class SharedBatch:
     dropped: Tensor
 
 
-class SharedObjective(nn.Module):
+class SharedObjective(Objective):
     """The UNet, composed into its sampler, with the sum of losses.
 
     Args:
@@ -104,14 +104,12 @@ class SharedObjective(nn.Module):
         settings: Shared,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.unet = unet
+        super().__init__(unet)
         self.plan = plan
         self.ends = tuple(ends)
         self.cut = cut
         self.prediction = prediction
         self.settings = settings
-        self.recompute = False
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         # The model as it was; with an adapter of its own where the student's score is followed.
         self.teacher: UNet2DConditionModel | None = None
@@ -121,11 +119,6 @@ class SharedObjective(nn.Module):
         if settings.vsd_weight:
             add_lora(self.teacher, settings.vsd_rank, seed)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory: keep no activations inside the halves, nor inside blocks."""
-        self.unet.enable_gradient_checkpointing()
-        self.recompute = True
-
     def train(self, mode: bool = True) -> "SharedObjective":
         """Set the mode of the student; the teacher's stays."""
         super().train(mode)
@@ -134,7 +127,7 @@ class SharedObjective(nn.Module):
         return self
 
     def group_of(self, name: str) -> tuple[str, float]:
-        """The score's adapter learns at its own rate; see `encache.train.loop.fit`."""
+        """The score's adapter learns at its own rate; see `encache.train.loop.GroupOf`."""
         adapter = name.startswith("teacher.")
         return ("score", self.settings.vsd_rate) if adapter else ("student", 1.0)
 

@@ -24,7 +24,7 @@ from encache.runtime.solver import count_calls
 from encache.train.composed import relative_error
 from encache.train.fcr import frozen_dtype, prediction_of
 from encache.train.finetune import Run, Task
-from encache.train.loop import generator_of
+from encache.train.loop import generator_of, spread
 from encache.train.pairs import Pairs
 from encache.train.shared import Shared, SharedBatch, SharedObjective
 from encache.train.validation import sample_grid
@@ -132,13 +132,12 @@ class Questions:
 
     def __call__(self, start: int) -> Iterator[SharedBatch]:
         """The batches from a step on."""
-        rows = self.run.batch_size
-        for batch in count(start * self.run.recipe.accumulation):
-            step, part = divmod(batch, self.run.recipe.accumulation)
-            first = (part * self.accelerator.num_processes + self.accelerator.process_index) * rows
-            places = range(first, first + rows)
+        accumulation = self.run.recipe.accumulation
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        for batch in count(start * accumulation):
+            step, rows = spread(batch, self.run.batch_size, accumulation, *processes)
             # The last number tells these draws from those of the pairs at an equal seed.
-            yield self._batch([generator_of(self.run.seed, step, row, 1) for row in places])
+            yield self._batch([generator_of(self.run.seed, step, row, 1) for row in rows])
 
     def held_out(self) -> Iterator[SharedBatch]:
         """The pairs after those that are trained on, in batches of the run's size."""
@@ -244,7 +243,6 @@ def shared_task(
     return Task(
         name="shared",
         objective=objective,
-        enable_gradient_checkpointing=objective.enable_gradient_checkpointing,
         batches=questions,
         facts={
             **({"teacher": pairs.teacher.facts, "pairs": number} if settings.needs_pairs else {}),
@@ -256,7 +254,6 @@ def shared_task(
         },
         draw=lambda prompts, seed: _draw(pipeline, student, prompts, seed),
         prepare=prepare,
-        group_of=objective.group_of,
         lora_use="it draws by the plan in that file's header, beside the weights that were trained",
         measure=held_out_error if settings.needs_pairs else dict,
         header={PRESET_KEY: student.preset.to_json()},
