@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from encache.model.arithmetic import count_arithmetic
-from encache.model.features import CUTS, Cut, feature_table, num_up_blocks_cached
+from encache.model.backbone import backbone_of
 from encache.model.random_weights import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
+from encache.model.spec import CUTS, NO_CUT, Cut
+from encache.model.split import Halves
 
 LATENT = 64
 STRIDES = (1, 3, 5, 10, 20)
@@ -48,17 +50,17 @@ def unet_parts(cut: Cut, rows: int) -> dict[str, tuple[float, int]]:
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD15_UNET)
-    arithmetic = count_arithmetic(unet.config, cut, LATENT, LATENT)
-    cached = num_up_blocks_cached(cut, len(unet.up_blocks))
-    shapes = [one.shape(rows, LATENT, LATENT) for one in feature_table(unet.config, cut)]
+    arithmetic = count_arithmetic(unet, cut, LATENT, LATENT)
+    if cut == NO_CUT:
+        return {"encoder": (arithmetic.full, num_bytes(unet)), "decoder": (0.0, 0)}
+    sizes = {"B": rows, "h": LATENT, "w": LATENT}
+    shapes = [one.size(sizes) for one in Halves(unet, cut).features]
     features = BYTES * sum(torch.Size(shape).numel() for shape in shapes)
-    late, both = num_bytes(*unet.up_blocks[cached:]), num_bytes(unet.time_embedding)
-    last = num_bytes(unet.conv_norm_out, unet.conv_out)
-    decoder = late + last + both if cut != "out" else 0
-    encoder = num_bytes(unet) - (late + last if cut != "out" else 0)
+    stages = backbone_of(unet).stages_before(cut)
+    early = num_bytes(*(unet.get_submodule(path) for path in stages))
     return {
-        "encoder": (arithmetic.encoder, encoder + features),
-        "decoder": (arithmetic.decoder, decoder + SLOTS * features),
+        "encoder": (arithmetic.encoder, early + num_bytes(unet.time_embedding) + features),
+        "decoder": (arithmetic.decoder, num_bytes(unet) - early + SLOTS * features),
     }
 
 

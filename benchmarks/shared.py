@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from encache.evaluate.distribution import bootstrap_interval
 from encache.evaluate.extractors import load_extractor
+from encache.evaluate.machine import describe_machine
 from encache.evaluate.real import read_real
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
@@ -26,7 +27,6 @@ from encache.evaluate.settings import Protocol, Setting, own_setting, read_promp
 from encache.evaluate.store import Store
 from encache.files import write_json
 from encache.model.checkpoint import default_model, fast_model, find_checkpoint
-from encache.runtime.machine import describe_machine
 
 FOLDER = Path("runs/shared")
 REAL = Path("runs/study/real")

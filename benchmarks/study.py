@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encache.evaluate.extractors import load_extractor
+from encache.evaluate.machine import describe_machine
 from encache.evaluate.real import read_real
 from encache.evaluate.report import strict
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
@@ -35,11 +36,10 @@ from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
 from encache.files import write_atomically
 from encache.model.checkpoint import Checkpoint, default_model, find_checkpoint
-from encache.model.features import CUTS, Cut
-from encache.model.split import SplitUNet
+from encache.model.spec import CUTS, NO_CUT, Cut
+from encache.model.split import Halves
 from encache.model.text import tokenize
 from encache.runtime.blend import Blend
-from encache.runtime.machine import describe_machine
 from encache.runtime.plan import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise
 from encache.train.fcr import Form, consistency, mean_square, spread
@@ -72,7 +72,6 @@ VARIANTS = {
         "--fcr-form": "spread",
         "--fcr-weight": "10",
     },
-    "cached100-out": {**CACHED, "--fcr-delta-max": "100", "--cut": "out"},
 }
 SHIPPED = "shipped"
 #: The shipped model with "trailing" timesteps; and for DPM-Solver++, which would go on to a noise
@@ -80,7 +79,7 @@ SHIPPED = "shipped"
 TRAILING, TRAILING_DPM = "trailing", "trailing-sigma-min"
 DDIM, DPM = "ddim", "dpmsolver++"
 #: Cuts that save enough to be held against fewer steps.
-DEEP: tuple[Cut, ...] = ("up2", "out")
+DEEP: tuple[Cut, ...] = ("up2", NO_CUT)
 FEWER_STEPS = (40, 30, 25, 20, 17, 10, 5)
 #: Where pictures are also compared with real ones, as every model's full runs are. It takes long.
 WITH_REAL = ("plain sampling with fewer steps", "where to cut")
@@ -115,22 +114,21 @@ def questions(variants: Sequence[str]) -> dict[str, Question]:
 
 
 def _cuts(full: Setting) -> list[Setting]:
-    return [*_strided(full, ["out"], (2, 3)), *_strided(full, CUTS, (5, 10))]
+    return [*_strided(full, [NO_CUT], (2, 3)), *_strided(full, CUTS, (5, 10))]
 
 
 def _blends(full: Setting) -> list[Setting]:
     """At the cut of the method's authors, and at the cheapest."""
-    mid, out = replace(full, cut="mid"), replace(full, cut="out")
+    mid, output = replace(full, cut="mid"), replace(full, cut=NO_CUT)
     common: tuple[Blend, ...] = ("reuse", "extrapolate", "interpolate")
-    rare: tuple[Blend, ...] = ("extrapolate-damped", "extrapolate2", "interpolate-continued")
     paper = PAPER_KEY_CALLS[full.steps]
     return [
         *(replace(mid, blend=b, stride=n) for n, b in product((5, 10), common)),
         replace(mid, blend="interpolate-refresh", stride=10),
         replace(mid, blend="reuse", key_calls=paper),
-        *(replace(out, blend=b, stride=n) for n, b in product((2, 3, 5, 10, 20), common)),
-        *(replace(out, blend=b, stride=10) for b in (*rare, "interpolate-refresh")),
-        *(replace(out, blend=b, key_calls=paper) for b in common[:2]),
+        *(replace(output, blend=b, stride=n) for n, b in product((2, 3, 5, 10, 20), common)),
+        replace(output, blend="interpolate-refresh", stride=10),
+        *(replace(output, blend=b, key_calls=paper) for b in common[:2]),
     ]
 
 
@@ -138,7 +136,7 @@ def _prior_noise(full: Setting) -> list[Setting]:
     noisy = replace(full, stride=10, prior_noise=True)
     return [
         replace(noisy, cut="mid", blend="reuse"),
-        *(replace(noisy, cut="out", blend=blend) for blend in ("reuse", "extrapolate")),
+        *(replace(noisy, cut=NO_CUT, blend=blend) for blend in ("reuse", "extrapolate")),
     ]
 
 
@@ -149,7 +147,7 @@ def _strided(full: Setting, cuts: Sequence[Cut], strides: Sequence[int]) -> list
 def _few(full: Setting) -> list[Setting]:
     ahead = replace(full, blend="interpolate")
     strides = (2, 3, 5)
-    return [full, *_strided(full, DEEP, strides), *_strided(ahead, ["out"], strides)]
+    return [full, *_strided(full, DEEP, strides), *_strided(ahead, [NO_CUT], strides)]
 
 
 def _same_start() -> Question:
@@ -160,14 +158,14 @@ def _same_start() -> Question:
     """
     full = plain(50, model=TRAILING)
     ahead = replace(full, blend="interpolate")
-    cached = [*_strided(full, ["out"], (2, 3, 5, 10)), *_strided(ahead, ["out"], (2, 3, 5))]
+    cached = [*_strided(full, [NO_CUT], (2, 3, 5, 10)), *_strided(ahead, [NO_CUT], (2, 3, 5))]
     return full, full, [full, *cached]
 
 
 def _convergence() -> Question:
     """Errors against the solved differential equation, to which solvers tend from one start."""
     ddim, dpm = plain(50, DDIM, TRAILING), plain(50, DPM, TRAILING_DPM)
-    cached = [replace(one, cut="out", stride=n) for one, n in product((ddim, dpm), (2, 3, 5))]
+    cached = [replace(one, cut=NO_CUT, stride=n) for one, n in product((ddim, dpm), (2, 3, 5))]
     return plain(250, DPM, TRAILING_DPM), ddim, [ddim, dpm, *cached]
 
 
@@ -176,9 +174,7 @@ def _variant(name: str, own: bool) -> Question:
     full = plain(50, model=name)
     mid = replace(full, cut="mid", stride=10)
     at_mid = [replace(mid, blend=blend) for blend in ("reuse", "extrapolate")]
-    if VARIANTS[name].get("--cut") == "out":  # trained for another cut
-        at_mid = []
-    return full if own else plain(50), full, [full, *at_mid, *_strided(full, ["out"], (5, 10))]
+    return full if own else plain(50), full, [full, *at_mid, *_strided(full, [NO_CUT], (5, 10))]
 
 
 def weights_of(variant: str) -> Path:
@@ -342,19 +338,20 @@ def features_of(pipeline: StableDiffusionPipeline, clean: Tensor, prompts: list[
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     text = pipeline.text_encoder(tokenize(pipeline.tokenizer, prompts).to(pipeline.device))[0]
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
-    split = SplitUNet(pipeline.unet, "mid")
+    halves = Halves(pipeline.unet, "mid")
 
     def encode(timestep: int) -> Sequence[Tensor]:
         at = torch.tensor([timestep])
         noisy = add_noise(clean, noise, alphas_cumprod[at])
-        return split.encoder(noisy.to(pipeline.device), at.to(pipeline.device), text)
+        device = pipeline.device
+        return halves.encoder(noisy.to(device), at.to(device), {"text": text})
 
     older = {t: encode(t) for t in range(max(DELTAS), len(alphas_cumprod), 100)}
     pairs = {delta: [(one, encode(t - delta)) for t, one in older.items()] for delta in DELTAS}
 
     def by_tensor(size: Callable[[Tensor], Tensor]) -> dict[str, float]:
         sizes = [[size(one).mean().item() for one in tensors] for tensors in older.values()]
-        names = [one.name for one in split.features]
+        names = [one.name for one in halves.features]
         return dict(zip(names, np.mean(sizes, axis=0).tolist(), strict=True))
 
     def by_distance(form: Form) -> dict[str, float]:

@@ -244,7 +244,7 @@ def main() -> None:
     ]
     cuts = lines_of([*plain, *extrapolated], cut_label, share)
     plot(cuts, "share of the arithmetic", PLOTS / "cuts.svg")
-    for cut in ("mid", "out"):
+    for cut in ("mid", "none"):
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
         plot(lines, "stride", PLOTS / f"blends-{cut}.svg", logarithmic=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from encache.command import Command, FiniteFloat
+from encache.contract.dtypes import DTYPES
 from encache.errors import EncacheError
-from encache.export.build import DTYPES
-from encache.model.features import CUTS, DEFAULT_CUT, Cut
+from encache.model.spec import CUTS, DEFAULT_CUT, Cut
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
@@ -186,6 +186,7 @@ def main(
         raise click.UsageError("--base completes .safetensors files, and no --ckpt is one.")
 
     from encache.evaluate import rows
+    from encache.evaluate.machine import describe_machine
     from encache.evaluate.real import read_real
     from encache.evaluate.report import write_report
     from encache.evaluate.results import Report
@@ -198,7 +199,6 @@ def main(
     )
     from encache.model.checkpoint import default_model
     from encache.model.preset import UNSAID
-    from encache.runtime.machine import describe_machine
     from encache.runtime.plan import paper_key_calls as key_calls_of_paper
     from encache.runtime.plan import strides_within
 

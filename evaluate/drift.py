@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from encache.evaluate.results import Drift
+from encache.model.backbone import Conditions
 from encache.runtime.engines import Engines, allocate_ring
 from encache.runtime.pipeline import EncachePipeline
 
@@ -31,10 +32,15 @@ class _Watch:
         return getattr(self._engines, name)
 
     def encode(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, ring: Sequence[Tensor], slot: int
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditions: Conditions,
+        ring: Sequence[Tensor],
+        slot: int,
     ) -> None:
-        self._engines.encode(latents, timestep, text, ring, slot)
-        self._listen(latents, timestep, text, [tensor[slot].clone() for tensor in ring])
+        self._engines.encode(latents, timestep, conditions, ring, slot)
+        self._listen(latents, timestep, conditions, [tensor[slot].clone() for tensor in ring])
 
 
 class _Comparison:
@@ -50,11 +56,11 @@ class _Comparison:
         self.by_time: dict[str, list[float]] = defaultdict(list)
 
     def __call__(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, features: list[Tensor]
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, features: list[Tensor]
     ) -> None:
         if self.latents is not None:
             ring = allocate_ring(self.engines, 1, len(latents), *latents.shape[2:])
-            self.engines.encode(self.latents, timestep, text, ring, 0)
+            self.engines.encode(self.latents, timestep, conditions, ring, 0)
             for name, now, before in zip(self.names, ring, self.recent[-1], strict=True):
                 self.by_time[name].append(relative_change(now[0], before))
         self.recent.append(features)
@@ -92,9 +98,7 @@ def measure_drift(
         call: arguments for the pipeline, such as num_inference_steps and guidance_scale.
     """
     compare = _Comparison(pipeline.engines)
-    watched = EncachePipeline(
-        _Watch(pipeline.engines, compare), pipeline.tokenizer, pipeline.scheduler, pipeline.spec
-    )
+    watched = pipeline.with_parts(engines=_Watch(pipeline.engines, compare))
     watched.set_progress_bar_config(desc="drift")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     watched(list(prompts), generator=generators, output_type="latent", stride=1, **call)

@@ -26,7 +26,7 @@ _COLORS = (
     *("#7d8a2e", "#8c6d5a", "#6a74e0", "#3f9c35", "#e0803a", "#9a4f8f"),
 )
 _LINES = ("-", "--", ":")
-_MARKERS = {"mid": "o", "up0": "s", "up1": "D", "up2": "^", "out": "*"}
+_MARKERS = {"mid": "o", "up0": "s", "up1": "D", "up2": "^", "none": "*"}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "encache",  # equal reports give equal pages

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from encache.evaluate.costs import gflop_of, steps_within
 from encache.evaluate.distribution import (
     bootstrap_interval,
     bootstrap_ratio,
@@ -20,7 +21,6 @@ from encache.evaluate.results import Interval, Row
 from encache.evaluate.sampling import Evaluation, Model
 from encache.evaluate.settings import Protocol, Setting
 from encache.evaluate.store import Arrays
-from encache.runtime.compare import steps_within
 
 #: Of the inception score, as its authors have it.
 SPLITS = 10
@@ -79,7 +79,7 @@ def make_row(
         prior_noise=setting.prior_noise,
         plain=setting.plain,
         num_images=protocol.num_images,
-        encoder_runs=plan.num_encoder_runs,
+        encoder_runs=plan.num_evaluations,
         num_calls=plan.num_calls,
         gflop=gflop,
         share=gflop / _gflop(models, protocol, full),
@@ -137,5 +137,4 @@ def _gflop(models: Mapping[str, Model], protocol: Protocol, setting: Setting) ->
     """UNet arithmetic of one picture."""
     model = models[setting.model]
     plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, protocol)
-    calls = arithmetic.total(plan.num_encoder_runs, plan.num_calls)
-    return protocol.rows_of(setting) * calls
+    return protocol.rows_of(setting) * gflop_of(plan, arithmetic)

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from encache import __version__
+from encache.contract.dtypes import torch_dtype
 from encache.evaluate.drift import measure_drift
+from encache.evaluate.fidelity import psnr, relative_error, ssim
 from encache.evaluate.results import Drift
 from encache.evaluate.settings import Protocol, Setting
 from encache.evaluate.store import Arrays, Store, join
-from encache.export.graphs import TORCH_DTYPES
 from encache.model.arithmetic import Arithmetic, count_arithmetic
 from encache.model.checkpoint import Checkpoint
-from encache.model.features import Cut, ImageSpec
 from encache.model.loading import load_pipeline
-from encache.runtime.compare import psnr
+from encache.model.spec import Cut, ImageSpec
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.schedulers import make_scheduler
@@ -56,7 +56,7 @@ class Model:
         """The undivided pipeline, on the backend's device."""
         if self.backend.dtype == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # it would put a floor under small errors
-        dtype = TORCH_DTYPES[self.backend.dtype]
+        dtype = torch_dtype(self.backend.dtype)
         return load_pipeline(self.checkpoint, dtype, self.backend.device)
 
     @cached_property
@@ -74,10 +74,13 @@ class Model:
     def _open(self, cut: Cut) -> EncachePipeline:
         if self.backend.name == "torch":
             return EncachePipeline.from_pipe(self.diffusers, cut)
-        from encache.export.build import Request, build_engines
-
-        request = Request(self.checkpoint, cut, self.backend.dtype, self.backend.name)
-        return EncachePipeline.from_engines(build_engines(request, self.backend.engine_dir))
+        return EncachePipeline.from_checkpoint(
+            self.checkpoint,
+            cut=cut,
+            backend=self.backend.name,
+            dtype=self.backend.dtype,
+            engine_dir=self.backend.engine_dir,
+        )
 
     def scheduler(self, setting: Setting) -> Any:
         """The setting's solver."""
@@ -86,16 +89,14 @@ class Model:
 
     def plan(self, setting: Setting) -> Plan:
         """What the setting runs."""
-        return make_plan(self.scheduler(setting), setting.steps, **setting.policy)
+        return make_plan(self.scheduler(setting), setting.steps, setting.policy)
 
     def arithmetic(self, cut: Cut, protocol: Protocol) -> Arithmetic:
         """Of one row of one call."""
         size = self.spec.latent_size(protocol.height, protocol.width)
         if (cut, size) not in self._arithmetic:
             length = self.diffusers.tokenizer.model_max_length
-            self._arithmetic[cut, size] = count_arithmetic(
-                self.diffusers.unet.config, cut, *size, length
-            )
+            self._arithmetic[cut, size] = count_arithmetic(self.diffusers.unet, cut, *size, length)
         return self._arithmetic[cut, size]
 
 
@@ -226,7 +227,7 @@ class Evaluation:
             latents=self._noise(pipeline, pictures),
             output_type="latent",
             max_decode_batch=self.protocol.max_decode_batch,
-            **setting.policy,
+            **setting.policy.arguments,
         ).images
         return latents.cpu().numpy()  # waits for the device
 
@@ -258,21 +259,3 @@ class Evaluation:
 
 def _by_name(extracted: "Extracted") -> Arrays:
     return {name: one.numpy() for name, one in vars(extracted).items() if one is not None}
-
-
-def relative_error(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """||x - r||^2 / ||r||^2 per picture [n]; inf where the latents diverged."""
-    axes = (1, 2, 3)
-    error = ((latents - reference) ** 2).sum(axes) / (reference**2).sum(axes)
-    return np.where(np.isfinite(error), error, np.inf)
-
-
-def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity [n] of pictures in [0, 1] (Wang et al. 2004, 11x11 Gaussian)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    value = structural_similarity_index_measure(
-        pictures, reference, data_range=1.0, reduction="none"
-    )
-    assert isinstance(value, Tensor)
-    return value.reshape(-1)

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from encache.errors import EncacheError
 from encache.files import read_lines, read_text
 from encache.model.checkpoint import Checkpoint
-from encache.model.features import DEFAULT_CUT, Cut
 from encache.model.preset import UNSAID
+from encache.model.spec import DEFAULT_CUT, Cut
 from encache.runtime.blend import DEFAULT_BLEND, DEFAULT_STRIDE, Blend
-from encache.runtime.settings import resolve
+from encache.runtime.settings import Policy, resolve
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,11 @@ class Setting:
         return self.stride == 1 and self.key_calls is None
 
     @property
-    def policy(self) -> dict[str, Any]:
-        """As arguments for EncachePipeline and make_plan."""
-        return {
-            "stride": self.stride,
-            "key_calls": self.key_calls,
-            # Plain sampling has each call's own features: a second slot would cost for naught.
-            "blend": "reuse" if self.plain else self.blend,
-            "prior_noise": self.prior_noise,
-        }
+    def policy(self) -> Policy:
+        """How it is cached."""
+        # Plain sampling has each call's own features: a second slot would cost for naught.
+        blend: Blend = "reuse" if self.plain else self.blend
+        return Policy(self.stride, self.key_calls, blend, self.prior_noise, self.cut)
 
     @property
     def name(self) -> str:
@@ -136,11 +131,11 @@ def own_setting(label: str, checkpoint: Checkpoint) -> Setting:
         model=label,
         scheduler="",
         steps=own.steps,
-        cut=checkpoint.cut,
-        blend=own.blend,
-        stride=own.stride or (1 if own.key_calls else min(DEFAULT_STRIDE, own.steps)),
-        key_calls=None if own.key_calls is None else tuple(own.key_calls),
-        prior_noise=own.prior_noise,
+        cut=own.policy.cut,
+        blend=own.policy.blend,
+        stride=own.policy.stride or (1 if own.policy.key_calls else min(DEFAULT_STRIDE, own.steps)),
+        key_calls=own.policy.key_calls,
+        prior_noise=own.policy.prior_noise,
         guidance_scale=own.guidance_scale,
     )
 

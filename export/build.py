@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from encache.errors import EncacheError, EngineError
-from encache.export.library import TENSORRT_BACKENDS
-from encache.export.manifest import (
+from encache.contract.dtypes import DTYPES, torch_dtype
+from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
+from encache.contract.manifest import (
     ENGINE,
     MANIFEST,
     ONNX,
@@ -28,11 +28,12 @@ from encache.export.manifest import (
     read_manifest,
     record_files,
 )
-from encache.export.target import Target
+from encache.contract.target import Target
+from encache.errors import EncacheError, EngineError
 from encache.files import naming
 from encache.model.checkpoint import Checkpoint
-from encache.model.features import CUTS, DEFAULT_CUT, Cut, Feature, ImageSpec, feature_table
 from encache.model.loading import load_pipeline
+from encache.model.spec import CUTS, DEFAULT_CUT, Cut, GraphSpec, ImageSpec
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -42,15 +43,8 @@ if TYPE_CHECKING:
 #: Largest accepted ||graph - eager|| / ||eager||, by dtype. fp32 graphs differ by reordered sums,
 #: fp16 graphs by their weights' and activations' rounding.
 PARITY_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
-DTYPES = tuple(PARITY_TOLERANCE)
-BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
 
 Report = Callable[[str], None]
-
-
-def default_dtype(backend: str) -> str:
-    """What suits a backend: GPUs are twice as fast in fp16, CPUs are not."""
-    return "fp16" if backend in TENSORRT_BACKENDS else "fp32"
 
 
 @dataclass(frozen=True)
@@ -181,7 +175,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
     manifest = Manifest(
         name=request.checkpoint.name,
         identity=request.identity,
-        features=exported.features,
+        graphs=exported.graphs,
         spec=exported.spec,
         files=record_files(folder),
         parity=exported.parity,
@@ -199,12 +193,12 @@ class _Exported:
     """What is known of the ONNX graphs once the checkpoint has left memory.
 
     Attributes:
-        features, spec: as in the manifest.
+        graphs, spec: as in the manifest.
         parity: relative error of each graph.
         shapes: of each graph's inputs, for engines with a target.
     """
 
-    features: tuple[Feature, ...]
+    graphs: tuple[GraphSpec, ...]
     spec: ImageSpec
     parity: dict[str, float]
     shapes: "dict[str, dict[str, Shapes]]"
@@ -212,38 +206,45 @@ class _Exported:
 
 def _export(request: Request, folder: Path, report: Report) -> _Exported:
     """Write the ONNX graphs with their companions, and check them against PyTorch."""
-    from encache.export.graphs import TORCH_DTYPES, pipeline_graphs, write_onnx
+    from encache.export.graphs import pipeline_graphs, write_onnx
     from encache.export.parity import measure_parity
     from encache.export.trt import profile
 
     report(f"loading {request.checkpoint.name}")
-    pipeline = load_pipeline(request.checkpoint, TORCH_DTYPES[request.dtype])
+    pipeline = load_pipeline(request.checkpoint, torch_dtype(request.dtype))
     spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
     # Smaller pictures shrink to one pixel inside the UNet.
     height, width = (max(side, 16) for side in spec.sample_size)
+    length = pipeline.tokenizer.model_max_length
+    sizes = {"B": 2, "K": 3, "L": length, "M": 2, "h": height, "w": width}
     graphs = pipeline_graphs(pipeline, request.cut)
     for graph in graphs:
-        report(f"exporting {graph.name}")
-        (folder / graph.name).mkdir()
-        write_onnx(graph, folder / graph.name, {"B": 2, "K": 3, "M": 2, "h": height, "w": width})
+        report(f"exporting {graph.spec.name}")
+        (folder / graph.spec.name).mkdir()
+        write_onnx(graph, folder / graph.spec.name, sizes)
     _write_companions(pipeline, folder)
     tolerance = PARITY_TOLERANCE[request.dtype]
     parity = {}
     for graph in graphs:
-        error = measure_parity(graph, folder / graph.name / ONNX, spec.sample_size)
-        report(f"checked {graph.name}: relative error {error:.1e}")
+        name = graph.spec.name
+        error = measure_parity(graph, folder / name / ONNX, sizes)
+        report(f"checked {name}: relative error {error:.1e}")
         if not error <= tolerance:
             raise EngineError(
-                f"The {graph.name} graph differs from PyTorch by {error:.1e}, more than "
+                f"The {name} graph differs from PyTorch by {error:.1e}, more than "
                 f"{tolerance:.0e}. Nothing was written; try --dtype fp32, or report this."
             )
-        parity[graph.name] = error
+        parity[name] = error
     target = request.target
     return _Exported(
-        features=feature_table(pipeline.unet.config, request.cut),
+        graphs=tuple(one.spec for one in graphs),
         spec=spec,
         parity=parity,
-        shapes={one.name: profile(one, target, spec) for one in graphs} if target else {},
+        shapes=(
+            {one.spec.name: profile(one.spec, target, spec, length) for one in graphs}
+            if target
+            else {}
+        ),
     )
 
 

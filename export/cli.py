@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from encache.command import Command, echo_path, typed_options
-from encache.export.build import BACKENDS, Request, build_engines, default_dtype, find_engines
-from encache.export.library import TENSORRT_BACKENDS
-from encache.export.options import engine_options, named_model
-from encache.export.target import (
+from encache.contract.dtypes import default_dtype
+from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
+from encache.contract.target import (
     DECODE_CALLS,
     GPUS,
     Span,
@@ -19,8 +18,10 @@ from encache.export.target import (
     resolve_compute_capabilities,
     rows_of,
 )
+from encache.export.build import Request, build_engines, find_engines
+from encache.export.options import engine_options, named_model
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import Cut, check_size
+from encache.model.spec import Cut, check_size
 
 
 class _SpanType(click.ParamType):

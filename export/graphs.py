@@ -1,68 +1,56 @@
-"""The ONNX graphs of a pipeline: UNet encoder and decoder, text encoder, image decoder."""
+"""The ONNX graphs of a pipeline: its denoiser, whole or in halves, text encoders, image decoder."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from encache.export.manifest import ONNX
-from encache.model.features import Cut
-from encache.model.split import SplitUNet
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from encache.contract.manifest import ONNX
+from encache.model.backbone import Backbone, backbone_of
+from encache.model.spec import NO_CUT, Cut, GraphSpec, ImageSpec, TensorSpec
+from encache.model.split import Halves, Whole
+from encache.model.text_encoder import TextEncoder, text_encoders_of
 
 #: GroupNormalization and Attention are single operators from opset 21 and 23 on.
 OPSET = 23
-#: By the names of `--dtype`.
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 #: Values of B (batch), K (calls), M (ring slots), h and w (latent size).
 Sizes = Mapping[str, int]
+Tensors = Mapping[str, Tensor]
 
 # The bounds only spare the exporter a second trace: it proves its steps within them (diffusers
 # branches at 64 rows, and a picture of one pixel would broadcast). The graphs have no bounds.
-_BATCH, _CALLS, _SLOTS, _LENGTH = Dim("B", max=63), Dim("K"), Dim("M"), Dim("L")
-_LATENTS = {0: _BATCH, 2: Dim("h", min=9), 3: Dim("w", min=9)}
-_TEXT = {0: _BATCH, 1: _LENGTH}
+_BOUNDS = {"B": {"max": 63}, "h": {"min": 9}, "w": {"min": 9}}
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One module to be exported, with what the exporter and the parity check need.
+    """One module to be exported.
 
     Attributes:
-        name: of the engine's folder.
-        module: takes what `draw` returns, gives one tensor or a tuple.
-        inputs, outputs: tensor names, flattened in order.
-        dynamic_shapes: free dimensions of each argument.
-        draw: makes random arguments of the given sizes.
+        spec: its name, inputs and outputs.
+        module: takes its inputs by name, gives its outputs in order.
+        dtype: of what the specs call the model's own.
     """
 
-    name: str
+    spec: GraphSpec
     module: nn.Module
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dynamic_shapes: tuple[Any, ...]
-    draw: Callable[[torch.Generator, Sizes], tuple[Any, ...]]
+    dtype: torch.dtype
+
+    def draw(self, generator: torch.Generator, sizes: Sizes) -> dict[str, Tensor]:
+        """Random inputs of the given sizes."""
+        return {one.name: _draw(one, self.dtype, generator, sizes) for one in self.spec.inputs}
 
 
-def pipeline_graphs(pipeline: "StableDiffusionPipeline", cut: Cut) -> tuple[Graph, ...]:
-    """List the graphs of a pipeline whose UNet is cut at `cut`.
-
-    The cut "out" leaves no decoder but the blend, which needs no engine.
-    """
-    split = SplitUNet(pipeline.unet, cut)
-    length = pipeline.tokenizer.model_max_length
-    decoder = () if cut == "out" else (_decoder_graph(split, pipeline.unet, length),)
+def pipeline_graphs(pipeline: Any, cut: Cut) -> tuple[Graph, ...]:
+    """List the graphs of a diffusers pipeline whose denoiser is cut at `cut`."""
     return (
-        _encoder_graph(split, pipeline.unet, length),
-        *decoder,
-        _text_graph(pipeline.text_encoder, len(pipeline.tokenizer), length),
+        *_denoiser_graphs(pipeline.unet, cut),
+        *map(_text_graph, text_encoders_of(pipeline)),
         _picture_graph(pipeline.vae),
     )
 
@@ -79,10 +67,10 @@ def write_onnx(graph: Graph, folder: Path, sizes: Sizes) -> Path:
     with torch.inference_mode():
         program = torch.onnx.export(
             graph.module.eval(),
-            graph.draw(torch.Generator().manual_seed(0), sizes),
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=graph.dynamic_shapes,
+            kwargs={"inputs": graph.draw(torch.Generator().manual_seed(0), sizes)},
+            input_names=[one.name for one in graph.spec.inputs],
+            output_names=[one.name for one in graph.spec.outputs],
+            dynamic_shapes={"inputs": _free_dimensions(graph.spec.inputs)},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -92,77 +80,78 @@ def write_onnx(graph: Graph, folder: Path, sizes: Sizes) -> Path:
     return path
 
 
-def flatten(arguments: Sequence[Any]) -> list[Tensor]:
-    """The tensors of nested positional arguments, in the order of `Graph.inputs`."""
-    tensors: list[Tensor] = []
-    for argument in arguments:
-        tensors += [argument] if isinstance(argument, Tensor) else flatten(argument)
-    return tensors
+def _free_dimensions(inputs: tuple[TensorSpec, ...]) -> dict[str, dict[int, Any]]:
+    """One Dim for each size that has a name; levels halve with rounding, so each has its own."""
+    dims = {
+        dimension: Dim(dimension.replace("/", "_"), **_BOUNDS.get(dimension, {}))
+        for one in inputs
+        for dimension in one.shape
+        if isinstance(dimension, str)
+    }
+    return {
+        one.name: {
+            axis: dims[dimension]
+            for axis, dimension in enumerate(one.shape)
+            if isinstance(dimension, str)
+        }
+        for one in inputs
+    }
 
 
-def _encoder_graph(split: SplitUNet, unet: Any, length: int) -> Graph:
-    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
-        return (
-            _draw_latents(generator, sizes, unet.config.in_channels, unet.dtype),
-            _draw_timesteps(generator, 1),
-            _draw_text(generator, sizes, unet, length),
-        )
+class _ByName(nn.Module):
+    """A module that takes its inputs by name."""
 
-    return Graph(
-        "unet_encoder",
-        split.encoder,
-        ("latents", "timestep", "text"),
-        tuple(feature.name for feature in split.features),
-        (_LATENTS, {}, _TEXT),
-        draw,
-    )
-
-
-def _decoder_graph(split: SplitUNet, unet: Any, length: int) -> Graph:
-    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
-        shapes = [one.shape(sizes["B"], sizes["h"], sizes["w"]) for one in split.features]
-        ring = tuple(_randn(generator, (sizes["M"], *shape), unet.dtype) for shape in shapes)
-        weights = torch.rand(sizes["K"], sizes["M"], generator=generator) + 0.1
-        return (
-            ring,
-            weights / weights.sum(1, keepdim=True),
-            _draw_timesteps(generator, sizes["K"]),
-            _draw_text(generator, sizes, unet, length),
-        )
-
-    # Levels halve with rounding, so each has sizes of its own.
-    levels = {one.level: (Dim(f"h{one.level}"), Dim(f"w{one.level}")) for one in split.features}
-    ring_shapes = tuple(
-        {0: _SLOTS, 1: _BATCH, 3: levels[one.level][0], 4: levels[one.level][1]}
-        for one in split.features
-    )
-    return Graph(
-        "unet_decoder",
-        split.decoder,
-        (*(one.name for one in split.features), "weights", "timesteps", "text"),
-        ("noise",),
-        (ring_shapes, {0: _CALLS, 1: _SLOTS}, {0: _CALLS}, _TEXT),
-        draw,
-    )
-
-
-class _TextEmbeddings(nn.Module):
-    """CLIP's last hidden state, which is all that Stable Diffusion reads."""
-
-    def __init__(self, text_encoder: nn.Module) -> None:
+    def __init__(self, module: nn.Module, call: Callable[[Any, Tensors], Any]) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
+        self.module = module
+        self._call = call
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return self.text_encoder(token_ids).last_hidden_state
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        return self._call(self.module, inputs)
 
 
-def _text_graph(text_encoder: nn.Module, vocabulary_size: int, length: int) -> Graph:
-    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
-        return (torch.randint(vocabulary_size, (sizes["B"], length), generator=generator),)
+def _denoiser_graphs(module: Any, cut: Cut) -> tuple[Graph, ...]:
+    backbone = backbone_of(module)
+    conditions = backbone.conditions
+    inputs = (backbone.latents, TensorSpec("timestep", (1,), "float32", (0, 999)), *conditions)
 
-    module = _TextEmbeddings(text_encoder)
-    return Graph("text_encoder", module, ("token_ids",), ("text",), ({0: _BATCH},), draw)
+    def call(run: Any, tensors: Tensors) -> Any:
+        named = {one.name: tensors[one.name] for one in conditions}
+        return run(tensors["latents"], tensors["timestep"], named)
+
+    if cut == NO_CUT:
+        spec = GraphSpec("unet", inputs, (backbone.prediction,))
+        return (Graph(spec, _ByName(Whole(backbone), call), module.dtype),)
+    halves = Halves(module, cut)
+    spec = GraphSpec("unet_encoder", inputs, halves.features)
+    encoder = Graph(spec, _ByName(halves.encoder, call), module.dtype)
+    return encoder, _decoder_graph(backbone, halves)
+
+
+def _decoder_graph(backbone: Backbone, halves: Halves) -> Graph:
+    ring = tuple(replace(one, shape=("M", *one.shape)) for one in halves.features)
+    noise = replace(backbone.prediction, shape=("K*B", *backbone.prediction.shape[1:]))
+    inputs = (
+        *ring,
+        # Like a blend's, so that what is mixed is as large as what was mixed.
+        TensorSpec("weights", ("K", "M"), "float32", (0.2, 0.6)),
+        TensorSpec("timesteps", ("K",), "float32", (0, 999)),
+        *backbone.conditions,
+    )
+
+    def call(decoder: Any, tensors: Tensors) -> Any:
+        features = tuple(tensors[one.name] for one in ring)
+        conditions = {one.name: tensors[one.name] for one in backbone.conditions}
+        return decoder(features, tensors["weights"], tensors["timesteps"], conditions)
+
+    spec = GraphSpec("unet_decoder", inputs, (noise,))
+    return Graph(spec, _ByName(halves.decoder, call), backbone.module.dtype)
+
+
+def _text_graph(encoder: TextEncoder) -> Graph:
+    spec = GraphSpec(encoder.name, encoder.inputs, encoder.outputs)
+    module = _ByName(encoder, lambda run, tensors: run(tensors["token_ids"]))
+    return Graph(spec, module, encoder.module.dtype)
 
 
 class _Picture(nn.Module):
@@ -177,27 +166,27 @@ class _Picture(nn.Module):
 
 
 def _picture_graph(vae: Any) -> Graph:
-    def draw(generator: torch.Generator, sizes: Sizes) -> tuple[Any, ...]:
-        # As large as a sampler's, which are several times unit noise here.
-        scale = 1 / vae.config.scaling_factor
-        return (scale * _draw_latents(generator, sizes, vae.config.latent_channels, vae.dtype),)
+    # A sampler's latents, divided by the scaling factor, are several times unit noise.
+    latents = TensorSpec(
+        "latents",
+        ("B", vae.config.latent_channels, "h", "w"),
+        values=1 / vae.config.scaling_factor,
+    )
+    scale = ImageSpec.downscale_of(vae.config)
+    picture = TensorSpec("picture", ("B", 3, f"{scale}*h", f"{scale}*w"))
+    module = _ByName(_Picture(vae), lambda run, tensors: run(tensors["latents"]))
+    return Graph(GraphSpec("vae_decoder", (latents,), (picture,)), module, vae.dtype)
 
-    return Graph("vae_decoder", _Picture(vae), ("latents",), ("picture",), (_LATENTS,), draw)
 
-
-def _draw_latents(
-    generator: torch.Generator, sizes: Sizes, channels: int, dtype: torch.dtype
+def _draw(
+    spec: TensorSpec, model_dtype: torch.dtype, generator: torch.Generator, sizes: Sizes
 ) -> Tensor:
-    return _randn(generator, (sizes["B"], channels, sizes["h"], sizes["w"]), dtype)
-
-
-def _draw_text(generator: torch.Generator, sizes: Sizes, unet: Any, length: int) -> Tensor:
-    return _randn(generator, (sizes["B"], length, unet.config.cross_attention_dim), unet.dtype)
-
-
-def _draw_timesteps(generator: torch.Generator, count: int) -> Tensor:
-    return torch.rand(count, generator=generator) * 999
-
-
-def _randn(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=generator).to(dtype)
+    """A random tensor as its spec describes it."""
+    shape = spec.size(sizes)
+    dtypes = {"model": model_dtype, "float32": torch.float32, "int64": torch.int64}
+    if isinstance(spec.values, tuple):
+        low, high = spec.values
+        drawn = low + (high - low) * torch.rand(shape, generator=generator)
+    else:
+        drawn = spec.values * torch.randn(shape, generator=generator)
+    return drawn.to(dtypes[spec.dtype])

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from encache.command import typed_options
-from encache.export.build import DTYPES
+from encache.contract.dtypes import DTYPES
 from encache.model.checkpoint import fast_model
-from encache.model.features import CUTS, DEFAULT_CUT
+from encache.model.spec import CUTS, DEFAULT_CUT
 
 _OPTIONS = (
     click.option(

@@ -1,18 +1,18 @@
 """Does an exported graph compute what PyTorch computes?"""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
-from encache.export.graphs import Graph, flatten
+from encache.export.graphs import Graph, Sizes
 
 
-def measure_parity(graph: Graph, path: Path, sample_size: tuple[int, int]) -> float:
+def measure_parity(graph: Graph, path: Path, traced: Sizes) -> float:
     """Largest ||graph - eager|| / ||eager|| over the outputs, on fresh random inputs.
 
     The sizes differ from those traced: odd and not square, so that a frozen dimension shows. The
@@ -21,20 +21,19 @@ def measure_parity(graph: Graph, path: Path, sample_size: tuple[int, int]) -> fl
     Args:
         graph: in the dtype of its export.
         path: the exported model.onnx, run by ONNX Runtime on the CPU.
-        sample_size: latent (height, width) of the model; half of it is tried.
+        traced: the sizes of the export; about half of the latents' is tried.
     """
-    height, width = (side // 2 for side in sample_size)
-    sizes = {"B": 3, "K": 2, "M": 3, "h": height + 1, "w": width}
+    height, width = traced["h"] // 2 + 1, traced["w"] // 2
+    sizes = {**traced, "B": 3, "K": 2, "M": 3, "h": height, "w": width}
     inputs = graph.draw(torch.Generator().manual_seed(1), sizes)
     with torch.inference_mode():
-        eager = _in_fp32(graph.module)(*_widen(inputs))
+        eager = _in_fp32(graph.module)(_widen(inputs))
     eager = (eager,) if isinstance(eager, torch.Tensor) else eager
-    feed = dict(zip(graph.inputs, flatten(inputs), strict=True))
     with G_LOGGER.verbosity(G_LOGGER.ERROR), OnnxrtRunner(_open_session(path)) as runner:
-        outputs = runner.infer({name: one.numpy() for name, one in feed.items()})
+        outputs = runner.infer({name: one.numpy() for name, one in inputs.items()})
     errors = [
-        (torch.from_numpy(outputs[name]).float() - one).norm() / one.norm()
-        for name, one in zip(graph.outputs, eager, strict=True)
+        (torch.from_numpy(outputs[spec.name]).float() - one).norm() / one.norm()
+        for spec, one in zip(graph.spec.outputs, eager, strict=True)
     ]
     return torch.stack(errors).max().item()  # unlike Python's max, this keeps a NaN
 
@@ -46,12 +45,9 @@ def _in_fp32(module: torch.nn.Module) -> torch.nn.Module:
     return deepcopy(module).float()
 
 
-def _widen(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same nested arguments, numbers in fp32."""
-    return tuple(
-        _widen(one) if isinstance(one, tuple) else one.float() if one.is_floating_point() else one
-        for one in arguments
-    )
+def _widen(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same inputs, numbers in fp32."""
+    return {name: one.float() if one.is_floating_point() else one for name, one in inputs.items()}
 
 
 def _open_session(path: Path) -> onnxruntime.InferenceSession:

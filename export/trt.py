@@ -11,23 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from encache.contract.library import describe_library, load_library
+from encache.contract.target import Span, Target
 from encache.errors import EngineError
-from encache.export.graphs import Graph, flatten
-from encache.export.library import describe_library, load_library
-from encache.export.target import Span, Target
 from encache.files import write_atomically
-from encache.model.features import ImageSpec
+from encache.model.spec import GraphSpec, ImageSpec
 
 #: Smallest, preferred and largest shape of an input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 #: Ring slots that one blend or another uses; two is the default's.
-_SLOTS: Span = (1, 3)
+_SLOTS: Span = (1, 2)
 _PREFERRED_SLOTS = 2
 
 
-def profile(graph: Graph, target: Target, spec: ImageSpec) -> dict[str, Shapes]:
+def profile(
+    graph: GraphSpec, target: Target, spec: ImageSpec, text_length: int
+) -> dict[str, Shapes]:
     """Smallest, preferred and largest shape of each of the graph's inputs.
 
     The largest sizes are preferred: they are what the engines are asked for.
@@ -36,16 +35,18 @@ def profile(graph: Graph, target: Target, spec: ImageSpec) -> dict[str, Shapes]:
     rows = {"text_encoder": (1, target.rows[1]), "vae_decoder": (1, 1)}
     spans: dict[str, Span] = {
         "B": rows.get(graph.name, target.rows),
-        "K": (1, target.decode_calls),
+        "K": (1, target.decode_calls or 1),
+        "L": (text_length, text_length),
         "M": _SLOTS,
         "h": (target.height[0] // spec.downscale, target.height[1] // spec.downscale),
         "w": (target.width[0] // spec.downscale, target.width[1] // spec.downscale),
     }
     smallest, largest = ({name: span[end] for name, span in spans.items()} for end in (0, 1))
     wanted = (smallest, {**largest, "M": _PREFERRED_SLOTS}, largest)
-    drawn = [flatten(graph.draw(torch.Generator(), sizes)) for sizes in wanted]
-    shapes = zip(*([tuple(one.shape) for one in tensors] for tensors in drawn), strict=True)
-    return dict(zip(graph.inputs, shapes, strict=True))
+    least, preferred, most = wanted
+    return {
+        one.name: (one.size(least), one.size(preferred), one.size(most)) for one in graph.inputs
+    }
 
 
 @dataclass(frozen=True)

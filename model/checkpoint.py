@@ -16,9 +16,9 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
-from encache.model.features import DEFAULT_CUT, Cut
 from encache.model.lora import Lora, find_lora
 from encache.model.preset import PRESET_KEY, UNSAID, Preset
+from encache.model.spec import DEFAULT_CUT, Cut
 from encache.model.vae import check_vae
 from encache.model.weights import (
     choose_variant,

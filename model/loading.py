@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from encache.errors import CheckpointError
 from encache.files import parse_json
 from encache.model.checkpoint import MARKS, Checkpoint
-from encache.model.features import ImageSpec
 from encache.model.lora import fuse
 from encache.model.preset import PRESET_KEY
+from encache.model.spec import ImageSpec
 from encache.model.text import with_length
 from encache.model.vae import replace_vae
 from encache.model.weights import choose_variant, read_header, reason_of

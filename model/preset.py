@@ -12,7 +12,7 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
-from encache.model.features import CUTS, Cut
+from encache.model.spec import CUTS, Cut
 
 #: Key of the JSON text in a safetensors header.
 PRESET_KEY = "encache_plan"

@@ -1,205 +1,330 @@
-"""A diffusers UNet cut in two, without touching it.
+"""A denoiser cut in two by its own forward, without touching it.
 
-The encoder runs everything up to the cut, the decoder everything after it. The decoder sees the
-latents only through the features, so decoder calls that share features run as one batch.
+A shallow copy of the model runs its own forward, and the stages on the other side of the cut are
+replaced by stand-ins. The encoder stops after the last stage before the cut; in the decoder the
+stages before the cut hand out recorded outputs. The decoder sees the latents only through these, so
+decoder calls that share them run as one batch.
 """
 
-from collections.abc import Sequence
-from itertools import repeat
-from typing import TYPE_CHECKING, Any
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from encache.errors import CheckpointError
-from encache.model.features import Cut, Feature, feature_table, num_up_blocks_cached
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from encache.model.backbone import Backbone, Conditions, backbone_of
+from encache.model.spec import Cut, Dimension, TensorSpec
 
 
-class UNetEncoder(nn.Module):
-    """Down blocks, mid block and the up blocks before the cut; all of the UNet if it is "out"."""
+class Whole(nn.Module):
+    """The undivided denoiser, at any size."""
 
-    def __init__(self, unet: "UNet2DConditionModel", cut: Cut) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.unet = unet
-        self.cut = cut
-        self.num_up_blocks = num_up_blocks_cached(cut, len(unet.up_blocks))
+        self.module = backbone.module
+        self._backbone = backbone
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """Predict the noise in latents [B, C, h, w] at one timestep [1] or one each [B]."""
+        return self._backbone.call(_copy(self._backbone), latents, timestep, conditions)
+
+
+class Encoder(nn.Module):
+    """Everything up to the cut."""
+
+    def __init__(self, backbone: Backbone, cut: Cut) -> None:
+        super().__init__()
+        self.module = backbone.module
+        self._backbone = backbone
+        self._stages = backbone.stages_before(cut)
+        self._crossing = _find_crossing(backbone, cut)
 
     def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        added_text: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions
     ) -> tuple[Tensor, ...]:
         """Compute the features of one call.
 
         Args:
-            latents: denoiser input [B, 4, h, w].
+            latents: denoiser input [B, C, h, w].
             timestep: one timestep for the whole batch [1], or one each [B].
-            text: text embeddings [B, L, D].
-            added_text: SDXL's pooled text embeddings [B, P].
-            time_ids: SDXL's sizes and crops [B, 6].
+            conditions: see `Backbone`.
 
         Returns:
-            The features in the order of `feature_table`, each [B, C, h', w'].
+            The tensors that cross the cut, as `Halves.features` names them.
         """
-        emb = _embed_time(self.unet, timestep.expand(latents.shape[0]), text, added_text, time_ids)
-        hidden = self.unet.conv_in(latents)
-        skips: tuple[Tensor, ...] = (hidden,)
-        for block in self.unet.down_blocks:
-            hidden, new = block(hidden, emb, **_attend(block, text))
-            skips += new
-        if self.unet.mid_block is not None:
-            hidden = self.unet.mid_block(hidden, emb, **_attend(self.unet.mid_block, text))
-        blocks = self.unet.up_blocks[: self.num_up_blocks]
-        hidden, skips = _run_up_blocks(blocks, hidden, skips, emb, text)
-        return (_predict(self.unet, hidden),) if self.cut == "out" else (*skips, hidden)
+        outputs = _record(self._backbone, self._stages, latents, timestep, conditions)
+        leaves = tree_leaves(outputs)
+        return tuple(leaves[index] for index in self._crossing.live)
 
 
-class UNetDecoder(nn.Module):
-    """The blend, then the up blocks after the cut and the output convolution, if any are left."""
+class Decoder(nn.Module):
+    """The blend, then everything after the cut."""
 
-    def __init__(self, unet: "UNet2DConditionModel", cut: Cut) -> None:
+    def __init__(self, backbone: Backbone, cut: Cut) -> None:
         super().__init__()
-        self.unet = unet
-        self.cut = cut
-        self.num_up_blocks = num_up_blocks_cached(cut, len(unet.up_blocks))
+        self.module = backbone.module
+        self._backbone = backbone
+        self._stages = backbone.stages_before(cut)
+        self._crossing = _find_crossing(backbone, cut)
 
     def forward(
         self,
         features: Sequence[Tensor],
         weights: Tensor,
         timesteps: Tensor,
-        text: Tensor,
-        added_text: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        conditions: Conditions,
     ) -> Tensor:
         """Predict the noise of K calls in one batch.
 
         Args:
-            features: the last M key calls' features, each [M, B, C, h', w'].
+            features: the last M key calls' features, each [M, B, ...].
             weights: the blend [K, M]; call k mixes sum_m weights[k, m] features[m].
             timesteps: the calls' timesteps [K], or one for every row [K, B].
-            text: text embeddings [B, L, D].
-            added_text: SDXL's pooled text embeddings [B, P].
-            time_ids: SDXL's sizes and crops [B, 6].
+            conditions: see `Backbone`; of B rows, which every call repeats.
 
         Returns:
-            Noise predictions [K * B, 4, h, w], call by call.
+            Noise predictions [K * B, C, h, w], call by call.
         """
-        num_calls, batch = weights.shape[0], text.shape[0]
-        *skips, hidden = (blend(weights, tensor) for tensor in features)
-        if self.cut == "out":
-            return hidden
-        text = text.repeat(num_calls, 1, 1)
-        if added_text is not None and time_ids is not None:
-            added_text, time_ids = added_text.repeat(num_calls, 1), time_ids.repeat(num_calls, 1)
+        num_calls, batch = weights.shape[0], features[0].shape[1]
+        mixed = [blend(weights, tensor) for tensor in features]
+        outputs = self._crossing.restore(mixed)
+        repeated = {
+            name: tensor.repeat(num_calls, *[1] * (tensor.ndim - 1))
+            for name, tensor in conditions.items()
+        }
         timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         timesteps = timesteps.expand(num_calls, batch).flatten()
-        emb = _embed_time(self.unet, timesteps, text, added_text, time_ids)
-        blocks = self.unet.up_blocks[self.num_up_blocks :]
-        hidden, _ = _run_up_blocks(blocks, hidden, tuple(skips), emb, text)
-        return _predict(self.unet, hidden)
+        return _replay(self._backbone, self._stages, outputs, mixed[0], timesteps, repeated)
 
 
-class SplitUNet:
-    """The two halves of one UNet and the table of what crosses the cut.
+class Halves:
+    """The two halves of one denoiser, and what crosses the cut between them.
 
-    The halves share the UNet's modules; nothing is copied and nothing is set on them.
+    They share the denoiser's modules; nothing is copied and nothing is set on them.
+
+    Args:
+        module: a diffusers denoiser.
+        cut: where it is cut.
 
     Raises:
-        CheckpointError: the UNet conditions on something that the halves do not carry.
+        CheckpointError: no family knows the denoiser, or it has no such cut.
     """
 
-    def __init__(self, unet: "UNet2DConditionModel", cut: Cut) -> None:
-        _refuse_unsupported(unet)
-        self.cut = cut
-        self.features: tuple[Feature, ...] = feature_table(unet.config, cut)
-        self.encoder = UNetEncoder(unet, cut)
-        self.decoder = UNetDecoder(unet, cut)
+    def __init__(self, module: Any, cut: Cut) -> None:
+        backbone = backbone_of(module)
+        self.features = _find_crossing(backbone, cut).features
+        self.encoder = Encoder(backbone, cut)
+        self.decoder = Decoder(backbone, cut)
 
 
 def blend(weights: Tensor, ring: Tensor) -> Tensor:
-    """Mix M key calls' features for K calls: [K, M] x [M, B, C, h, w] -> [K * B, C, h, w]."""
+    """Mix M key calls' features for K calls: [K, M] x [M, B, ...] -> [K * B, ...]."""
     mixed = weights.to(ring.dtype) @ ring.flatten(1)
     return mixed.view(weights.shape[0] * ring.shape[1], *ring.shape[2:])
 
 
-def _run_up_blocks(
-    blocks: Sequence[Any],
-    hidden: Tensor,
-    skips: tuple[Tensor, ...],
-    emb: Tensor,
-    text: Tensor,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run up blocks that take their skips from the end; return the hidden state and the rest.
+class _StandIn:
+    """Takes a child's place in a copy of its parent; what else the parent asks, the child says."""
 
-    Written out, because the blocks' own forward branches on the batch and picture size, which
-    would freeze both in an exported graph.
-    """
-    for block in blocks:
-        attentions = getattr(block, "attentions", repeat(None))
-        for resnet, attention in zip(block.resnets, attentions, strict=False):
-            hidden = resnet(torch.cat([hidden, skips[-1]], dim=1), emb)
-            skips = skips[:-1]
-            if attention is not None:
-                hidden = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
-        for upsampler in block.upsamplers or ():
-            # The next skip's size, not a doubling: odd latent sizes were rounded on the way down.
-            hidden = upsampler.conv(interpolate(hidden, size=skips[-1].shape[2:], mode="nearest"))
-    return hidden, skips
+    def __init__(self, child: nn.Module, function: Callable[..., Any]) -> None:
+        self._child = child
+        self._function = function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._function(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._child, name)
 
 
-def _predict(unet: "UNet2DConditionModel", hidden: Tensor) -> Tensor:
-    """The noise prediction from what the last up block gives."""
-    if unet.conv_norm_out is not None:
-        hidden = unet.conv_act(unet.conv_norm_out(hidden))
-    return unet.conv_out(hidden)
+class _Stop(Exception):  # noqa: N818  # nothing went wrong
+    """The encoder has what it needs."""
 
 
-def _attend(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-
-
-def _embed_time(
-    unet: "UNet2DConditionModel",
-    timesteps: Tensor,
-    text: Tensor,
-    added_text: Tensor | None,
-    time_ids: Tensor | None,
-) -> Tensor:
-    """The embedding that every block receives, one row per batch element."""
-    emb = unet.time_embedding(unet.get_time_embed(sample=text, timestep=timesteps))
-    if unet.config.addition_embed_type is None:
-        return emb
-    added = {"text_embeds": added_text, "time_ids": time_ids}
-    return emb + unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
-
-
-def _refuse_unsupported(unet: "UNet2DConditionModel") -> None:
-    config = unet.config
-    up_blocks = {type(block).__name__ for block in unet.up_blocks}
-    unsupported = {
-        "more inputs than latents (inpainting, editing)": config.in_channels != config.out_channels,
-        "other up blocks than Stable Diffusion's": up_blocks - {"UpBlock2D", "CrossAttnUpBlock2D"},
-        "FreeU": any(getattr(block, "s1", None) for block in unet.up_blocks),
-        "class conditioning": unet.class_embedding is not None,
-        "encoder_hid_proj": unet.encoder_hid_proj is not None,
-        f"addition_embed_type {config.addition_embed_type}": config.addition_embed_type
-        not in (None, "text_time"),
-        "GLIGEN or gated attention": config.attention_type != "default",
-        "time_cond_proj_dim (distilled guidance)": config.time_cond_proj_dim is not None,
-        "time_embedding_act_fn": unet.time_embed_act is not None,
-        "center_input_sample": config.center_input_sample,
+def _copy(backbone: Backbone) -> Any:
+    """A shallow copy of the module that runs at any size."""
+    children = {
+        path: _StandIn(child := backbone.module.get_submodule(path), partial(function, child))
+        for path, function in backbone.replaced.items()
     }
-    for reason, present in unsupported.items():
-        if present:
-            raise CheckpointError(
-                f"This UNet uses {reason}, which the split does not carry. "
-                "Stable Diffusion's text-to-image UNets work."
-            )
+    copied = _with_children(backbone.module, children)
+    copied.__dict__.pop("forward", None)  # what somebody put there would run the original
+    for name, value in backbone.fixed.items():
+        setattr(copied, name, value)
+    return copied
+
+
+def _with_children(module: Any, children: Mapping[str, Any]) -> Any:
+    """A copy, along the paths alone, such as "up_blocks.1"; all else is shared."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    below: dict[str, dict[str, Any]] = defaultdict(dict)
+    for path, child in children.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            below[name][rest] = child
+        else:
+            copied._modules[name] = child
+    for name, some in below.items():
+        copied._modules[name] = _with_children(module._modules[name], some)
+    return copied
+
+
+def _record(
+    backbone: Backbone,
+    stages: Sequence[str],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditions: Conditions,
+) -> list[Any]:
+    """Run the forward up to the last of the stages; what each of them returned."""
+    outputs: list[Any] = []
+    whole = _copy(backbone)
+
+    def recording(child: nn.Module) -> _StandIn:
+        def run(*arguments: Any, **options: Any) -> Any:
+            outputs.append(child(*arguments, **options))
+            if len(outputs) == len(stages):
+                raise _Stop
+            return outputs[-1]
+
+        return _StandIn(child, run)
+
+    children = {path: recording(whole.get_submodule(path)) for path in stages}
+    try:
+        backbone.call(_with_children(whole, children), latents, timesteps, conditions)
+    except _Stop:
+        return outputs
+    raise AssertionError(f"the forward does not run {stages[len(outputs)]}")
+
+
+def _replay(
+    backbone: Backbone,
+    stages: Sequence[str],
+    outputs: Sequence[Any],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditions: Conditions,
+) -> Tensor:
+    """Run the forward with recorded outputs for the stages; of the latents only the size counts."""
+    children = {
+        path: _StandIn(backbone.module.get_submodule(path), lambda *_, output=output, **__: output)
+        for path, output in zip(stages, outputs, strict=True)
+    }
+    copied = _with_children(_copy(backbone), children)
+    return backbone.call(copied, latents, timesteps, conditions)
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """What the stages before a cut return, and which of it the stages behind it read.
+
+    Attributes:
+        features: the tensors that are read.
+        live: their places among all that the stages return.
+        structures: how each stage returns it.
+        origins: of each place the feature that is to be handed out; the first stands for what
+            nobody reads.
+    """
+
+    features: tuple[TensorSpec, ...]
+    live: tuple[int, ...]
+    structures: tuple[TreeSpec, ...]
+    origins: tuple[int, ...]
+
+    def restore(self, features: Sequence[Tensor]) -> list[Any]:
+        """Outputs of the stages, made of features."""
+        leaves = iter([features[index] for index in self.origins])
+        return [
+            tree_unflatten([next(leaves) for _ in range(one.num_leaves)], one)
+            for one in self.structures
+        ]
+
+
+class _Reads(TorchDispatchMode):
+    """Notes which tensors any computation takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        self.seen |= {id(one) for one in leaves if isinstance(one, Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+#: Two sets of sizes by which a free dimension is told from a fixed one and from any other.
+_TRIED = ({"B": 3, "L": 7, "h": 144, "w": 272}, {"B": 5, "L": 11, "h": 208, "w": 368})
+
+
+def _find_crossing(backbone: Backbone, cut: Cut) -> _Crossing:
+    module_class: Any = type(backbone.module)
+    return _try_crossing(module_class, backbone.module.to_json_string(), cut)
+
+
+@lru_cache(maxsize=64)
+def _try_crossing(module_class: Any, config: str, cut: Cut) -> _Crossing:
+    """Run a model of this config on shapes alone, and see what its decoder reads."""
+    with torch.device("meta"), torch.no_grad():
+        backbone = backbone_of(module_class.from_config(json.loads(config)).eval())
+        stages = backbone.stages_before(cut)
+        inputs, others = (shapes_alone(backbone, sizes) for sizes in _TRIED)
+        outputs, other_outputs = (_record(backbone, stages, *one) for one in (inputs, others))
+        with _Reads() as reads:
+            _replay(backbone, stages, outputs, *inputs)
+    leaves, other_leaves = tree_leaves(outputs), tree_leaves(other_outputs)
+    # A stage may return one tensor twice, as hidden state and as skip; its last place counts.
+    places = {id(one): place for place, one in enumerate(leaves)}
+    distinct = sorted(places.values())
+    live = tuple(place for place in distinct if id(leaves[place]) in reads.seen)
+    numbers = {place: number for number, place in enumerate(live)}
+    last = tree_leaves(outputs[-1])
+    names = {place: f"skip_{number}" for number, place in enumerate(distinct)}
+    if len(last) == 1:
+        names[distinct[-1]] = "hidden"
+    return _Crossing(
+        features=tuple(
+            TensorSpec(names[place], _fit(leaves[place].shape, other_leaves[place].shape))
+            for place in live
+        ),
+        live=live,
+        structures=tuple(tree_flatten(one)[1] for one in outputs),
+        origins=tuple(numbers.get(places[id(one)], 0) for one in leaves),
+    )
+
+
+def shapes_alone(
+    backbone: Backbone, sizes: Mapping[str, int]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Latents, timesteps and conditions of these sizes."""
+    conditions = {one.name: torch.empty(one.size(sizes)) for one in backbone.conditions}
+    return torch.empty(backbone.latents.size(sizes)), torch.empty(1), conditions
+
+
+def _fit(shape: Sequence[int], other: Sequence[int]) -> tuple[Dimension, ...]:
+    """The dimensions that have these lengths at the two sizes that were tried."""
+    divided = [(name, 2**level) for level, name in product(range(7), ("h", "w"))]
+    sides = [name if divisor == 1 else f"{name}/{divisor}" for name, divisor in divided]
+    areas = [f"{one}*{two}" for one, two in zip(sides[::2], sides[1::2], strict=True)]
+    known = {
+        tuple(TensorSpec("", (text,)).size(sizes)[0] for sizes in _TRIED): text
+        for text in ("B", "L", *areas, *sides)
+    }
+    fitted: list[Dimension] = []
+    for lengths in zip(shape, other, strict=True):
+        if lengths[0] != lengths[1] and lengths not in known:
+            raise CheckpointError(f"A tensor of {list(shape)} at the cut has a size of its own.")
+        fitted.append(lengths[0] if lengths[0] == lengths[1] else known[lengths])
+    return tuple(fitted)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
-from encache.model.features import ImageSpec
+from encache.model.spec import ImageSpec
 from encache.model.weights import choose_variant, reason_of, refuse_without_safetensors
 
 if TYPE_CHECKING:

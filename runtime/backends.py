@@ -1,15 +1,17 @@
-"""From an engine folder to what the sampler needs."""
+"""From an engine folder to what a pipeline is made of."""
 
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from encache.contract.library import TENSORRT_BACKENDS
+from encache.contract.manifest import REBUILD, Manifest, read_verified
 from encache.errors import EngineError
-from encache.export.library import TENSORRT_BACKENDS
-from encache.export.manifest import REBUILD, Manifest, read_verified
 from encache.files import parse_json
 from encache.model.loading import scheduler_from_config
-from encache.runtime.engines import Engines
+from encache.runtime.codec import Codec, GraphCodec
+from encache.runtime.engines import Engines, GraphEngines
+from encache.runtime.text import GraphText, Texts
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -17,34 +19,53 @@ if TYPE_CHECKING:
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
-def load_engines(folder: Path, manifest: Manifest) -> Engines:
-    """Open the engine pair, text encoder and image decoder of a folder.
+class Parts(NamedTuple):
+    """What runs a model: its denoiser, its text encoders, its autoencoder."""
+
+    engines: Engines
+    texts: Texts
+    codec: Codec
+
+
+def open_parts(folder: Path, manifest: Manifest) -> Parts:
+    """Open the graphs of a folder.
 
     Raises:
         EngineError: a file was altered, or the backend is unknown.
     """
     backend = manifest.identity.backend
+    graphs: dict[str, Any]
     if backend == "onnxruntime":
         from encache.runtime.ort import open_onnxruntime
 
-        return open_onnxruntime(folder, manifest)
-    if backend in TENSORRT_BACKENDS:
+        graphs, device = open_onnxruntime(folder, manifest)
+    elif backend in TENSORRT_BACKENDS:
         from encache.runtime.trt import open_tensorrt
 
-        return open_tensorrt(folder, manifest)
-    raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
+        graphs, device = open_tensorrt(folder, manifest), "cuda"
+    else:
+        raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
+    engines = GraphEngines(manifest, graphs, device, capturable=backend in TENSORRT_BACKENDS)
+    names = [name for name in graphs if name.startswith("text_encoder")]
+    tokenizers = [
+        load_tokenizer(folder, manifest, name.replace("text_encoder", "tokenizer"))
+        for name in names
+    ]
+    texts = [GraphText(graphs[name], engines.dtype, engines.device) for name in names]
+    codec = GraphCodec(graphs["vae_decoder"], engines.dtype)
+    return Parts(engines, Texts(tokenizers, texts), codec)
 
 
-def load_tokenizer(folder: Path, manifest: Manifest) -> "CLIPTokenizer":
-    """The tokenizer of a folder, from its checked files alone."""
+def load_tokenizer(folder: Path, manifest: Manifest, part: str = "tokenizer") -> "CLIPTokenizer":
+    """A tokenizer of a folder, from its checked files alone."""
     from transformers import CLIPTokenizer
 
     # transformers reads whatever lies in a folder, so it gets one with nothing else in it.
     with tempfile.TemporaryDirectory() as checked:
         for name in manifest.files:
-            part, file = PurePosixPath(name).parts[0], PurePosixPath(name).name
-            if part == "tokenizer":
-                Path(checked, file).write_bytes(read_verified(folder, manifest, name))
+            if PurePosixPath(name).parts[0] == part:
+                file = Path(checked, PurePosixPath(name).name)
+                file.write_bytes(read_verified(folder, manifest, name))
         return CLIPTokenizer.from_pretrained(checked, local_files_only=True)
 
 

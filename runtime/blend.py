@@ -1,47 +1,27 @@
-"""Which weighted sum of key features stands in for a call's own features.
+"""Which weighted sum of what key calls gave stands in for a call's own.
 
 All blends are Lagrange interpolation on the call index: F(s) = sum_m w_m(s) F(t_m), through one
-key call (reuse), through the last ones (extrapolate), or through the two around it (interpolate).
-"extrapolate-damped" goes half as far as "extrapolate".
+key call (reuse), through the last two (extrapolate), or through the two around it (interpolate).
+F is a call's features, or its prediction where the denoiser is not cut.
 """
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-Blend = Literal[
-    "reuse",
-    "extrapolate",
-    "extrapolate-damped",
-    "extrapolate2",
-    "interpolate",
-    "interpolate-continued",
-    "interpolate-refresh",
-]
+Blend = Literal["reuse", "extrapolate", "interpolate", "interpolate-refresh"]
 BLENDS: tuple[Blend, ...] = get_args(Blend)
 
 #: The way to cache that docs/study.md recommends, at the default cut.
 DEFAULT_BLEND: Blend = "extrapolate"
 DEFAULT_STRIDE = 3
 
-#: How many key calls' features a blend looks at, which is the number of ring slots.
+#: How many key calls a blend looks at, which is the number of ring slots.
 NUM_SLOTS: dict[Blend, int] = {
     "reuse": 1,
     "extrapolate": 2,
-    "extrapolate-damped": 2,
-    "extrapolate2": 3,
     "interpolate": 2,
-    "interpolate-continued": 2,
     "interpolate-refresh": 2,
 }
-
-
-def blend_weights(blend: Blend, nodes: Sequence[int], call: int) -> tuple[float, ...]:
-    """Weights of the key calls `nodes`, the last one latest, for the features of `call`."""
-    weights = lagrange_weights(nodes, call)
-    if blend != "extrapolate-damped":
-        return weights
-    reused = (*(0.0 for _ in nodes[1:]), 1.0)
-    return tuple((ours + theirs) / 2 for ours, theirs in zip(weights, reused, strict=True))
 
 
 def lagrange_weights(nodes: Sequence[int], call: int) -> tuple[float, ...]:

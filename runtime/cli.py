@@ -10,27 +10,22 @@ import click
 
 from encache import __version__
 from encache.command import Command, FiniteFloat, Text, echo_path, typed_options
+from encache.contract.dtypes import default_dtype
+from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
+from encache.contract.manifest import MANIFEST, Manifest, read_manifest
+from encache.contract.target import DECODE_CALLS, Span, Target, make_target, most_rows
 from encache.errors import CheckpointError, EncacheError
-from encache.export.build import (
-    BACKENDS,
-    Request,
-    build_engines,
-    default_dtype,
-    find_covering_engines,
-)
-from encache.export.library import TENSORRT_BACKENDS
-from encache.export.manifest import MANIFEST, Manifest, read_manifest
 from encache.export.options import engine_options, named_model
-from encache.export.target import DECODE_CALLS, Span, Target, make_target, most_rows
 from encache.files import read_lines
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
-from encache.model.features import Cut, check_size
 from encache.model.preset import Preset
+from encache.model.spec import NO_CUT, Cut, check_size
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.schedulers import SCHEDULERS
-from encache.runtime.settings import DEFAULT_STEPS, resolve
+from encache.runtime.settings import DEFAULT_STEPS, Settings, resolve
 
 if TYPE_CHECKING:
+    from encache.evaluate.contenders import Task
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.plan import Plan
     from encache.runtime.solver import Scheduler
@@ -219,6 +214,9 @@ def main(
         named = named_model(ckpt, fast)
         model = source = find_checkpoint(named, base, loras, vae, variant)
         cut = cut or source.cut
+    if cut == NO_CUT:
+        for option in typed_options({"max_decode_batch"}):
+            raise click.UsageError(f"{option} means nothing without a --cut: nothing is decoded.")
     if source and source.folder is None:  # a single file alone says nothing until it is loaded
         if backend in TENSORRT_BACKENDS:
             raise CheckpointError(f"{ckpt} alone does not say what to compile: add --base.")
@@ -234,11 +232,12 @@ def main(
         stride=stride,
         blend=blend,
         prior_noise=prior_noise,
+        cut=cut,
     )
     chosen = resolve(wished, model.preset, model.guidance_scale)
     if key_calls:
         listed = _resolve_key_calls(key_calls, solver, chosen.steps)
-        chosen = replace(chosen, stride=None, key_calls=listed)
+        chosen = replace(chosen, policy=replace(chosen.policy, stride=None, key_calls=listed))
     rows_per_picture = chosen.rows
     target = manifest.identity.target if manifest else None
     if target and not comparing:
@@ -248,13 +247,15 @@ def main(
         for size in {len(batch) for batch in batches}:
             refuse_beyond(target, rows=size * rows_per_picture, height=height, width=width)
     rows_per_call = len(batches[0]) * rows_per_picture
-    policy: dict[str, Any] = {
-        **chosen.policy,
-        "max_decode_batch": most_rows(
-            _most_calls(target, backend, cut), rows_per_call, max_decode_batch
-        ),
-    }
-    plan = make_plan(solver, chosen.steps, **policy, rows_per_call=rows_per_call)
+    most = most_rows(_most_calls(target, backend, cut), rows_per_call, max_decode_batch)
+    plan = make_plan(
+        solver,
+        chosen.steps,
+        chosen.policy,
+        max_decode_batch=most,
+        rows_per_call=rows_per_call,
+    )
+    policy: dict[str, Any] = {**chosen.policy.arguments, "max_decode_batch": most}
     if dry_run:
         click.echo(plan.to_json())
         return
@@ -275,18 +276,31 @@ def main(
         "width": width or default_width,
     }
     if source and comparing:
-        _compare(pipeline, source, cut, wanted, seeds, call, policy, json_path)
+        from encache.evaluate.contenders import Task
+
+        task = Task(
+            prompts=tuple(wanted),
+            steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
+            height=height,
+            width=width,
+            policies={},
+            negative_prompt=negative_prompt,
+        )
+        _compare(pipeline, source, chosen, task, seeds, max_decode_batch, json_path)
         return
     settings = {
         **call,
         **policy,
         # As they decide the picture, not as this batch or these engines need them.
         "stride": (
-            None if chosen.key_calls else chosen.stride or min(DEFAULT_STRIDE, plan.num_calls)
+            None
+            if chosen.policy.key_calls
+            else chosen.policy.stride or min(DEFAULT_STRIDE, plan.num_calls)
         ),
         "max_decode_batch": max_decode_batch,
         "scheduler": full_config(solver),
-        "plan": make_plan(solver, chosen.steps, **chosen.policy).hash(),
+        "plan": make_plan(solver, chosen.steps, chosen.policy).hash(),
         "model": model.name,
         "fingerprint": source.fingerprint if source else pipeline.engines.identity["model"],
         "engines": pipeline.engines.identity,
@@ -366,11 +380,11 @@ def _refuse_taken(output: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def _most_calls(target: Target | None, backend: str, cut: Cut) -> int:
-    """Most calls in a run of the decoder that is there or would be compiled; 0 if any number."""
+def _most_calls(target: Target | None, backend: str, cut: Cut) -> int | None:
+    """Most calls in a run of the decoder that is there or would be compiled; None if any number."""
     if target:
         return target.decode_calls
-    return DECODE_CALLS if backend in TENSORRT_BACKENDS and cut != "out" else 0
+    return DECODE_CALLS if backend in TENSORRT_BACKENDS and cut != NO_CUT else None
 
 
 def _exact_target(
@@ -406,16 +420,17 @@ def _open(
 
     if source is None:
         return EncachePipeline.from_engines(engine_dir)
-    if backend == "torch":
-        return EncachePipeline.from_checkpoint(source, cut, dtype)
     if (engine_dir / "model_index.json").exists():  # an engine folder that lost its manifest
         read_manifest(engine_dir)
-    request = Request(source, cut, dtype, backend, target)
-    folder = find_covering_engines(request, engine_dir)
-    if folder is None:
-        click.echo(f"Building {request.folder_name} in {engine_dir}, once.", err=True)
-        folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
-    return EncachePipeline.from_engines(folder)
+    return EncachePipeline.from_checkpoint(
+        source,
+        cut=cut,
+        backend=backend,
+        dtype=dtype,
+        target=target,
+        engine_dir=engine_dir,
+        report=lambda line: click.echo(line, err=True),
+    )
 
 
 def _read_scheduler(
@@ -472,64 +487,66 @@ def _draw(
 def _compare(
     pipeline: "EncachePipeline",
     source: Checkpoint,
-    cut: Cut,
-    prompts: Sequence[str],
+    chosen: Settings,
+    task: "Task",
     seeds: Sequence[int],
-    call: dict[str, Any],
-    policy: dict[str, Any],
+    max_decode_batch: int | None,
     json_path: Path | None,
 ) -> None:
+    from encache.contract.dtypes import dtype_name
+    from encache.evaluate.bench import format_table, matrix_peak, measure
+    from encache.evaluate.contenders import comparison
+    from encache.evaluate.machine import describe_machine
     from encache.files import write_json
     from encache.model.arithmetic import count_arithmetic
     from encache.model.loading import load_pipeline
-    from encache.runtime import compare
-    from encache.runtime.engines import TorchEngines
-    from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
 
-    device = pipeline.engines.device
-    gpu = device.type == "cuda"  # there, precision is part of the speed
-    dtype = pipeline.engines.dtype if gpu else None
-    cached = [pipeline]
-    if isinstance(pipeline.engines, TorchEngines):
-        plain = pipeline.engines.pipeline
-    else:
-        plain = load_pipeline(source, dtype, device)
-        cached = [EncachePipeline.from_pipe(plain, cut, capturable=True), pipeline]
-    for one in (plain, *cached):
-        one.scheduler = pipeline.scheduler
-        one.set_progress_bar_config(disable=True)
-    plain_call, plain_name = call, "diffusers"
+    device = pipeline.device
+    # On a GPU precision is part of the speed; on a CPU PyTorch has fp32 alone.
+    dtype = pipeline.dtype if device.type == "cuda" else None
+    own = load_pipeline(source, dtype, device)
+    cached = [EncachePipeline.from_pipe(own, chosen.policy.cut, capturable=True)]
+    if pipeline.engines.name != "torch":
+        cached.append(pipeline)
+    full = own
     if source.preset.steps:
         click.echo(
             f"{source.name} was trained for its own plan alone, so it is compared with the full "
             f"sampler of its base {source.base.name}.",
             err=True,
         )
-        plain = load_pipeline(source.base, dtype, device)
-        plain_name = f"diffusers, {source.base.name}"
-        plain_call = {
-            **call,
-            "num_inference_steps": DEFAULT_STEPS,
-            "guidance_scale": source.base.guidance_scale,
-        }
-    height, width = pipeline.latent_size(call["height"], call["width"])
-    arithmetic = count_arithmetic(
-        plain.unet.config, cut, height, width, plain.tokenizer.model_max_length
+        full = load_pipeline(source.base, dtype, device)
+        scale = source.base.guidance_scale
+        task = replace(task, steps=DEFAULT_STEPS, guidance_scale=scale)
+    else:
+        full.scheduler = pipeline.scheduler
+    for one in (full, *cached):
+        one.set_progress_bar_config(disable=True)
+    for one in cached:
+        one.scheduler = pipeline.scheduler
+    size = task.latent_size(full)
+    length = full.tokenizer.model_max_length
+    arithmetic = count_arithmetic(own.unet, chosen.policy.cut, *size, length)
+    contenders = comparison(
+        full, cached, chosen, arithmetic, task, max_decode_batch=max_decode_batch
     )
-    rows = compare.compare(
-        plain, cached, arithmetic, prompts, seeds, call, policy, plain_call, plain_name
-    )
-    click.echo(compare.format_table(rows))
+    inputs = [
+        (prompt, noise)
+        for prompt in task.prompts
+        for _, noise in replace(task, prompts=(prompt,)).draw_inputs(full, 1, seeds)
+    ]
+    rows, failures = measure(contenders, inputs, matrix_peak(device, full.unet.dtype))
+    for name, reason in failures.items():
+        raise EncacheError(f"{name}: {reason}")
+    click.echo(format_table(rows))
     if json_path:
         report = {
             "machine": describe_machine(),
-            "prompts": list(prompts),
+            "task": task.facts,
             "seeds": list(seeds),
-            "call": call,
-            "plain": {"model": plain_name, "call": plain_call},
-            "policy": policy,
-            "cut": cut,
+            "settings": asdict(chosen),
+            "dtype": dtype_name(pipeline.dtype),
             "rows": [asdict(row) for row in rows],
         }
         write_json(json_path, report)

@@ -8,9 +8,9 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from encache.contract.manifest import ONNX, ONNX_WEIGHTS, REBUILD, Manifest, read_verified
 from encache.errors import EngineError
-from encache.export.manifest import ONNX, ONNX_WEIGHTS, REBUILD, Manifest, read_verified
-from encache.runtime.engines import GraphEngines
+from encache.model.spec import GraphSpec
 
 _NUMPY = {
     torch.float32: np.float32,
@@ -24,8 +24,11 @@ _FIRST_ON_GPU = (1, 25)
 _NO_MEMORY = "AllocateRawInternal"
 
 
-def open_onnxruntime(folder: Path, manifest: Manifest) -> GraphEngines:
+def open_onnxruntime(folder: Path, manifest: Manifest) -> tuple[dict[str, "_Session"], str]:
     """Open a folder's graphs, on the GPU where onnxruntime-gpu and one are there.
+
+    Returns:
+        The graphs by name, and the device that they run on.
 
     Raises:
         EngineError: a file was altered, ONNX Runtime refuses it, or is too old for a GPU.
@@ -37,17 +40,17 @@ def open_onnxruntime(folder: Path, manifest: Manifest) -> GraphEngines:
             f'"onnxruntime-gpu>={".".join(map(str, _FIRST_ON_GPU))}".'
         )
     stream = torch.cuda.Stream() if gpu else None
-    graphs = {name: _Session(folder, manifest, name, stream) for name in manifest.graphs}
-    return GraphEngines(manifest, graphs, "cuda" if gpu else "cpu", capturable=False)
+    graphs = {one.name: _Session(folder, manifest, one, stream) for one in manifest.graphs}
+    return graphs, "cuda" if gpu else "cpu"
 
 
 class _Session:
     """One graph, on the CPU or on a stream of its own."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, graph: str, stream: torch.cuda.Stream | None
+        self, folder: Path, manifest: Manifest, spec: GraphSpec, stream: torch.cuda.Stream | None
     ) -> None:
-        self._graph = graph
+        self.spec = spec
         self._stream = stream
         options = onnxruntime.SessionOptions()
         # Threads spin within a run, which is fastest, and stop after it: torch and the other
@@ -63,8 +66,8 @@ class _Session:
                 "user_compute_stream": str(stream.cuda_stream),
             }
             providers = [(_ON_GPU, place), *providers]
-        model = read_verified(folder, manifest, f"{graph}/{ONNX}")
-        weights = read_verified(folder, manifest, f"{graph}/{ONNX_WEIGHTS}")
+        model = read_verified(folder, manifest, f"{spec.name}/{ONNX}")
+        weights = read_verified(folder, manifest, f"{spec.name}/{ONNX_WEIGHTS}")
         options.add_external_initializers_from_files_in_memory(
             [ONNX_WEIGHTS], [weights], [len(weights)]
         )
@@ -72,7 +75,7 @@ class _Session:
             self._session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises its own untyped exceptions
             raise EngineError(
-                f"ONNX Runtime cannot open {folder / graph}: {error}. {REBUILD}"
+                f"ONNX Runtime cannot open {folder / spec.name}: {error}. {REBUILD}"
             ) from error
         if stream and self._session.get_providers()[0] != _ON_GPU:
             raise EngineError(
@@ -80,11 +83,6 @@ class _Session:
                 "reason is above. Install the CUDA and cuDNN that it names, or onnxruntime "
                 "instead of it."
             )
-
-    def width_of(self, output: str) -> int:
-        """The last dimension of an output."""
-        outputs = {one.name: one for one in self._session.get_outputs()}
-        return outputs[output].shape[-1]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute the outputs into the given tensors, in the order of the current stream."""
@@ -101,7 +99,7 @@ class _Session:
         except Exception as error:  # ONNX Runtime raises its own untyped exceptions
             if _NO_MEMORY in str(error):
                 raise torch.OutOfMemoryError(str(error)) from error
-            raise EngineError(f"ONNX Runtime cannot run {self._graph}: {error}") from error
+            raise EngineError(f"ONNX Runtime cannot run {self.spec.name}: {error}") from error
         if self._stream:
             torch.cuda.current_stream().wait_stream(self._stream)
 

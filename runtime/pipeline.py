@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,45 +10,47 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from encache.contract import dtypes
+from encache.contract.library import TENSORRT_BACKENDS
+from encache.contract.manifest import read_manifest
+from encache.contract.target import Target, make_target, most_rows
 from encache.errors import EncacheError
 from encache.export.build import (
+    Report,
     Request,
     build_engines,
-    default_dtype,
     find_covering_engines,
+    find_engines,
 )
-from encache.export.graphs import TORCH_DTYPES
-from encache.export.library import TENSORRT_BACKENDS
-from encache.export.manifest import read_manifest
-from encache.export.target import Target, make_target, most_rows
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
-from encache.model.features import DEFAULT_CUT, Cut, ImageSpec, check_size
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID, Preset
-from encache.model.text import TOKENIZING, tokenize, with_length
+from encache.model.spec import DEFAULT_CUT, Cut, ImageSpec, check_size
+from encache.model.text_encoder import text_encoders_of
 from encache.progress import progress
-from encache.runtime.backends import load_engines, load_scheduler, load_tokenizer
+from encache.runtime.backends import Parts, load_scheduler, open_parts
 from encache.runtime.blend import Blend
-from encache.runtime.engines import Engines, TorchEngines
+from encache.runtime.codec import TorchCodec
+from encache.runtime.engines import TorchEngines
+from encache.runtime.guidance import make_guide
 from encache.runtime.habits import (
     HonestAttributes,
     refuse_call_options,
     refuse_loading_options,
     refuse_other_pipelines,
 )
-from encache.runtime.plan import Decode, Plan, make_plan
+from encache.runtime.plan import Plan, make_plan
 from encache.runtime.replay import Replay
-from encache.runtime.sampler import Guide, Sampling
+from encache.runtime.sampler import Sampling
 from encache.runtime.settings import resolve
+from encache.runtime.text import Texts, TorchText
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
 
     from encache.runtime.solver import Scheduler
 
@@ -67,8 +69,8 @@ class EncachePipeline(HonestAttributes):
     buffers and the CUDA graph of its last call: there, one thread at a time may call it.
 
     Args:
-        engines: what runs the model.
-        tokenizer, scheduler: the model's own; another scheduler may be set later.
+        parts: what runs the denoiser, the text encoders and the autoencoder.
+        scheduler: the model's own; another may be set later.
         spec: how pictures and latents relate.
         guidance_scale: the model's default.
         preset: how else the model wants to be sampled, unless asked otherwise.
@@ -81,15 +83,13 @@ class EncachePipeline(HonestAttributes):
 
     def __init__(
         self,
-        engines: Engines,
-        tokenizer: "CLIPTokenizer",
+        parts: Parts,
         scheduler: "Scheduler",
         spec: ImageSpec,
         guidance_scale: float = GUIDANCE_SCALE,
         preset: Preset = UNSAID,
     ) -> None:
-        self.engines = engines
-        self.tokenizer = tokenizer
+        self.engines, self.texts, self.codec = parts
         self.scheduler = scheduler
         self.spec = spec
         self.default_guidance_scale = guidance_scale
@@ -97,6 +97,21 @@ class EncachePipeline(HonestAttributes):
         self.image_processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
         self._progress_bar_config: dict[str, Any] = {}
         self._kept: tuple[Any, tuple[Sampling, Replay | None]] | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the first text encoder."""
+        return self.texts.tokenizers[0]
+
+    def with_parts(self, **parts: Any) -> "EncachePipeline":
+        """Another pipeline like this one, with other `engines`, `texts` or `codec`."""
+        return type(self)(
+            Parts(self.engines, self.texts, self.codec)._replace(**parts),
+            self.scheduler,
+            self.spec,
+            self.default_guidance_scale,
+            self.preset,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -148,9 +163,13 @@ class EncachePipeline(HonestAttributes):
         """
         refuse_other_pipelines(pipeline)
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
-        engines = TorchEngines(pipeline, cut, capturable=capturable)
-        tokenizer = with_length(pipeline.tokenizer, pipeline.text_encoder)
-        return cls(engines, tokenizer, pipeline.scheduler, spec)
+        encoders = text_encoders_of(pipeline)
+        parts = Parts(
+            TorchEngines(pipeline.unet, cut, capturable=capturable),
+            Texts([one.tokenizer for one in encoders], [TorchText(one) for one in encoders]),
+            TorchCodec(pipeline.vae),
+        )
+        return cls(parts, pipeline.scheduler, spec)
 
     @classmethod
     def from_pretrained(
@@ -193,27 +212,55 @@ class EncachePipeline(HonestAttributes):
             EncacheError: the model or the engines cannot be used, or an option be honoured.
         """
         refuse_loading_options(diffusers_options)
-        checkpoint = find_checkpoint(model, base, loras, vae, variant)
-        cut = cut or checkpoint.cut
-        dtype = _dtype_name(dtype or torch_dtype) or default_dtype(backend)
-        if backend == "torch":
-            pipeline = cls.from_checkpoint(checkpoint, cut, dtype)
-        else:
-            if backend in TENSORRT_BACKENDS and target is None:
-                target = make_target(checkpoint, backend, cut)
-            request = Request(checkpoint, cut, dtype, backend, target)
-            found = find_covering_engines(request, Path(engine_dir))
-            pipeline = cls.from_engines(found or build_engines(request, Path(engine_dir)))
+        dtype = dtype or torch_dtype
+        pipeline = cls.from_checkpoint(
+            find_checkpoint(model, base, loras, vae, variant),
+            cut=cut,
+            backend=backend,
+            dtype=dtypes.dtype_name(dtype) if dtype else None,
+            target=target,
+            engine_dir=Path(engine_dir),
+        )
         pipeline.scheduler = scheduler or pipeline.scheduler
         return pipeline
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, cut: Cut, dtype: str) -> "EncachePipeline":
-        """Load a checkpoint into PyTorch, "fp32" or "fp16", on the GPU if there is one."""
-        if dtype not in TORCH_DTYPES:
-            raise EncacheError(f"There is no {dtype!r}. Choose one of {', '.join(TORCH_DTYPES)}.")
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        cut: Cut | None = None,
+        backend: str = "onnxruntime",
+        dtype: str | None = None,
+        target: Target | None = None,
+        engine_dir: Path = Path("engines"),
+        exact: bool = False,
+        report: Report = lambda line: None,
+    ) -> "EncachePipeline":
+        """Open a checkpoint on a backend, building its engines when they are missing.
+
+        Args:
+            checkpoint: from `find_checkpoint`.
+            cut, backend, dtype, target, engine_dir: as for `from_pretrained`.
+            exact: take no engines that were compiled for more than the target: they are slower.
+            report: receives a line for each part that is built.
+        """
+        cut, dtype = cut or checkpoint.cut, dtype or dtypes.default_dtype(backend)
+        if backend == "torch":
+            return cls._from_torch(checkpoint, cut, dtype)
+        if backend in TENSORRT_BACKENDS and target is None:
+            target = make_target(checkpoint, backend, cut)
+        request = Request(checkpoint, cut, dtype, backend, target)
+        found = (find_engines if exact else find_covering_engines)(request, engine_dir)
+        if found is None:
+            report(f"Building {request.folder_name} in {engine_dir}, once.")
+        return cls.from_engines(found or build_engines(request, engine_dir, report))
+
+    @classmethod
+    def _from_torch(cls, checkpoint: Checkpoint, cut: Cut, dtype: str) -> "EncachePipeline":
+        """Loaded into PyTorch, "fp32" or "fp16", on the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
+        pipeline = load_pipeline(checkpoint, dtypes.torch_dtype(dtype), device)
         wrapped = cls.from_pipe(pipeline, cut, capturable=True)
         wrapped.default_guidance_scale = checkpoint.guidance_scale
         wrapped.preset = checkpoint.preset
@@ -236,12 +283,8 @@ class EncachePipeline(HonestAttributes):
         """Open one engine folder, which is complete in itself: no checkpoint is needed."""
         folder = Path(folder)
         manifest = read_manifest(folder)
-        engines = load_engines(folder, manifest)
-        tokenizer = load_tokenizer(folder, manifest)
-        scheduler = load_scheduler(folder, manifest)
-        return cls(
-            engines, tokenizer, scheduler, manifest.spec, manifest.guidance_scale, manifest.preset
-        )
+        parts, scheduler = open_parts(folder, manifest), load_scheduler(folder, manifest)
+        return cls(parts, scheduler, manifest.spec, manifest.guidance_scale, manifest.preset)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, as in diffusers; `disable=True` silences it."""
@@ -335,12 +378,13 @@ class EncachePipeline(HonestAttributes):
             key_calls=None if key_calls is None else tuple(key_calls),
             blend=blend,
             prior_noise=prior_noise,
+            cut=self.engines.cut,
         )
         settings = resolve(wished, self.preset, self.default_guidance_scale)
         if not (math.isfinite(settings.guidance_scale) and math.isfinite(guidance_rescale)):
             raise EncacheError("guidance_scale and guidance_rescale must be finite numbers.")
         guided = settings.guidance_scale > 1
-        text = self._encode_prompts(
+        conditions = self._encode_prompts(
             prompt,
             negative_prompt,
             prompt_embeds,
@@ -348,11 +392,16 @@ class EncachePipeline(HonestAttributes):
             guided,
             clip_skip or 0,
         )
-        text = text.to(self.engines.device, self.engines.dtype)
-        text = text.repeat_interleave(num_images_per_prompt, dim=1)
-        rows = text.shape[0] * text.shape[1]
+        conditions = {
+            name: one.to(self.engines.device, self.engines.dtype).repeat_interleave(
+                num_images_per_prompt, dim=1
+            )
+            for name, one in conditions.items()
+        }
+        num_guided, num_images = conditions["text"].shape[:2]
+        rows = num_guided * num_images
         with _explaining_want_of_memory(rows):
-            noise = self._draw_noise(text.shape[1], height, width, generator, latents)
+            noise = self._draw_noise(num_images, height, width, generator, latents)
         if target := self.engines.target:
             scale = self.spec.downscale
             height, width = (side * scale for side in noise.shape[-2:])
@@ -361,14 +410,14 @@ class EncachePipeline(HonestAttributes):
         plan = make_plan(
             self.scheduler,
             settings.steps,
-            **settings.policy,
+            settings.policy,
             max_decode_batch=max_decode_batch,
             rows_per_call=rows,
         )
         guidance = (settings.guidance_scale if guided else None, guidance_rescale)
         self.num_timesteps, self._interrupt = plan.num_calls, False
         with _explaining_want_of_memory(rows):
-            latents = self._sample(plan, noise, text, guidance, callback_on_step_end)
+            latents = self._sample(plan, noise, conditions, guidance, callback_on_step_end)
             images = self.decode(latents, output_type)
         if not return_dict:
             return images, None
@@ -378,44 +427,47 @@ class EncachePipeline(HonestAttributes):
         self,
         plan: Plan,
         noise: Tensor,
-        text: Tensor,
+        conditions: Mapping[str, Tensor],
         guidance: tuple[float | None, float],
         callback: Callback | None,
     ) -> Tensor:
-        """Latents of a plan, from noise [n, 4, h, w] and text [G, n, L, D]."""
-        sampling, replay = self._prepare(plan, noise.shape, text.shape, guidance)
+        """Latents of a plan, from noise [n, C, h, w] and conditions [G, n, ...]."""
+        sampling, replay = self._prepare(plan, noise, conditions, guidance)
+        rows = {name: one.flatten(0, 1) for name, one in conditions.items()}
         with progress(total=plan.num_calls, **self._progress_bar_config) as bar:
 
-            def on_decoded(step: Decode, latents_before: Callable[[int], Tensor]) -> None:
-                bar.update(step.stop - step.start)
+            def on_finished(calls: range, latents_before: Callable[[int], Tensor]) -> None:
+                bar.update(len(calls))
                 if callback:
-                    self._call_back(callback, step, latents_before)
+                    self._call_back(callback, calls, plan, latents_before)
 
             if replay and not callback:
-                latents = replay(noise, text.flatten(0, 1))
+                latents = replay(noise, rows)
                 bar.update(plan.num_calls)
             else:
                 try:
-                    latents = sampling.run(noise, text.flatten(0, 1), on_decoded)
+                    latents = sampling.run(noise, rows, on_finished)
                 except _InterruptedError as interruption:
                     latents = interruption.latents
         if not latents.isfinite().all():
-            raise EncacheError(_explain_not_finite(text, sampling))
+            raise EncacheError(_explain_not_finite(conditions["text"], sampling))
         return latents
 
     def _prepare(
         self,
         plan: Plan,
-        noise_shape: Sequence[int],
-        text_shape: Sequence[int],
+        noise: Tensor,
+        conditions: Mapping[str, Tensor],
         guidance: tuple[float | None, float],
     ) -> tuple[Sampling, Replay | None]:
         """A plan's buffers, and its CUDA graph where one is possible; kept on a GPU."""
-        key = (plan, tuple(noise_shape), tuple(text_shape), guidance)
+        shapes = {name: one.shape for name, one in conditions.items()}
+        key = (plan, noise.shape, *shapes.items(), guidance)
         if self._kept and self._kept[0] == key:
             return self._kept[1]
         self._kept = None  # frees its memory first
-        sampling = Sampling(plan, self.engines, noise_shape, text_shape[0], make_guide(*guidance))
+        num_guided = len(conditions["text"])
+        sampling = Sampling(plan, self.engines, noise.shape, num_guided, make_guide(*guidance))
         replay = Replay(sampling.run) if self.engines.capturable else None
         if replay or self.engines.device.type == "cuda":
             self._kept = (key, (sampling, replay))
@@ -426,29 +478,11 @@ class EncachePipeline(HonestAttributes):
         check_size(*(side for side in (height, width) if side is not None))
         return self.spec.latent_size(height, width)
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
-        """Text embeddings [len(prompts), L, D], padded or cut to the tokenizer's length."""
-        _refuse_what_is_no_text(prompts)
-        length = self.tokenizer.model_max_length
-        with TOKENIZING:
-            # A concept of textual inversion may be several tokens, which diffusers writes out.
-            expand = TextualInversionLoaderMixin().maybe_convert_prompt
-            prompts = [expand(prompt, self.tokenizer) for prompt in prompts]
-            whole = self.tokenizer(prompts).input_ids
-            token_ids = tokenize(self.tokenizer, prompts)
-        for prompt, ids in zip(prompts, whole, strict=True):
-            if len(ids) > length:
-                lost = self.tokenizer.decode(ids[length - 1 : -1])
-                logger.warning("%r is too long, its end is ignored: %r", prompt[:40], lost)
-        return self.engines.encode_text(token_ids, clip_skip)
-
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Turn latents [n, 4, h, w] into pictures of the given type."""
         if output_type == "latent":
             return latents
-        pictures = [
-            self.engines.decode_latents(one / self.spec.scaling_factor) for one in latents.split(1)
-        ]
+        pictures = [self.codec.decode(one / self.spec.scaling_factor) for one in latents.split(1)]
         joined = torch.cat(pictures)
         if not joined.isfinite().all():
             raise EncacheError(
@@ -465,8 +499,8 @@ class EncachePipeline(HonestAttributes):
         negative_prompt_embeds: Tensor | None,
         guided: bool,
         clip_skip: int,
-    ) -> Tensor:
-        """Embeddings [G, n, L, D], the negative ones first."""
+    ) -> dict[str, Tensor]:
+        """Text conditions [G, n, ...], the negative ones first."""
         if (prompt is None) == (prompt_embeds is None):
             raise EncacheError("Give either prompt or prompt_embeds.")
         prompts = _listed(prompt)
@@ -479,24 +513,15 @@ class EncachePipeline(HonestAttributes):
             negatives *= count
         # All at once: a text encoder takes hardly longer for two prompts than for one.
         wanted = [*negatives, *prompts]
-        encoded = self.encode_prompts(wanted, clip_skip) if wanted else torch.empty(0)
-        positive = encoded[len(negatives) :] if prompt_embeds is None else prompt_embeds
-        if not guided:
-            return positive[None]
-        negative = (
-            encoded[: len(negatives)] if negative_prompt_embeds is None else negative_prompt_embeds
-        )
-        if len(negative) != len(positive):
-            raise EncacheError(
-                f"There are {len(positive)} prompts and {len(negative)} negative ones; give one "
-                "for all, or one each."
-            )
-        if negative.shape != positive.shape:
-            raise EncacheError(
-                f"The prompt's embeddings are {list(positive.shape[1:])} and the negative ones "
-                f"{list(negative.shape[1:])}: make both equally long."
-            )
-        return torch.stack([negative, positive])
+        encoded = self.texts(wanted, clip_skip) if wanted else {}
+        positive = {name: one[len(negatives) :] for name, one in encoded.items()}
+        negative = {name: one[: len(negatives)] for name, one in encoded.items()}
+        if prompt_embeds is not None:
+            positive = {"text": prompt_embeds}
+        if negative_prompt_embeds is not None:
+            negative = {"text": negative_prompt_embeds}
+        branches = [negative, positive] if guided else [positive]
+        return {name: _stack([one[name] for one in branches]) for name in positive}
 
     def _draw_noise(
         self,
@@ -517,9 +542,14 @@ class EncachePipeline(HonestAttributes):
         return latents.to(self.engines.device, torch.float32)
 
     def _call_back(
-        self, callback: Callback, step: Decode, latents_before: Callable[[int], Tensor]
+        self,
+        callback: Callback,
+        calls: range,
+        plan: Plan,
+        latents_before: Callable[[int], Tensor],
     ) -> None:
-        for call, timestep in zip(range(step.start, step.stop), step.timesteps, strict=True):
+        for call in calls:
+            timestep = plan.timesteps[call]
             latents = latents_before(call + 1)
             returned = callback(self, call, torch.tensor(timestep), {"latents": latents}) or {}
             if returned.get("latents", latents) is not latents:
@@ -576,37 +606,21 @@ def refuse_beyond(target: Target, **asked: int | None) -> None:
             )
 
 
-def make_guide(scale: float | None, rescale: float = 0.0) -> Guide:
-    """Classifier-free guidance eps_u + s (eps_c - eps_u) over [K, 2, n, 4, h, w]; None is off."""
-
-    def guide(predicted: Tensor) -> Tensor:
-        if scale is None:
-            return predicted[:, 0]
-        unconditional, conditional = predicted.unbind(1)
-        noise = unconditional + scale * (conditional - unconditional)
-        if not rescale:
-            return noise
-        axes = (2, 3, 4)
-        matched = noise * (conditional.std(axes, keepdim=True) / noise.std(axes, keepdim=True))
-        return rescale * matched + (1 - rescale) * noise
-
-    return guide
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """Ours for torch's."""
-    names = {value: name for name, value in TORCH_DTYPES.items()}
-    return names.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
-
-
-def _refuse_what_is_no_text(prompts: Sequence[Any]) -> None:
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise EncacheError(f"A prompt is text, or a list of texts, not {prompt!r}.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise EncacheError(f"{prompt[:40]!r} is no UTF-8 text.") from error
+def _stack(branches: Sequence[Tensor]) -> Tensor:
+    """Conditions [G, n, ...] of one kind, from those of each branch of the guidance."""
+    counts = [len(one) for one in branches]
+    if len({*counts}) > 1:
+        raise EncacheError(
+            f"There are {counts[1]} prompts and {counts[0]} negative ones; give one for all, or "
+            "one each."
+        )
+    shapes = [list(one.shape[1:]) for one in branches]
+    if shapes.count(shapes[0]) < len(shapes):
+        raise EncacheError(
+            f"The prompt's embeddings are {shapes[1]} and the negative ones {shapes[0]}: make both "
+            "equally long."
+        )
+    return torch.stack(list(branches))
 
 
 def _listed(prompt: Any) -> list[Any]:

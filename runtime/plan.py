@@ -3,25 +3,20 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from encache.errors import PlanError
-from encache.runtime.blend import (
-    BLENDS,
-    DEFAULT_BLEND,
-    DEFAULT_STRIDE,
-    NUM_SLOTS,
-    Blend,
-    blend_weights,
-)
+from encache.model.spec import NO_CUT
+from encache.runtime.blend import BLENDS, DEFAULT_STRIDE, NUM_SLOTS, Blend, lagrange_weights
 from encache.runtime.schedulers import full_config
-from encache.runtime.solver import PRIOR_NOISE, Scheduler, SolverTable, probe_solver
+from encache.runtime.settings import FULL, Policy
+from encache.runtime.solver import PRIOR_NOISE, Columns, Scheduler, SolverTable, probe_solver
 
 #: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
 PAPER_KEY_CALLS: dict[int, tuple[int, ...]] = {
@@ -33,25 +28,26 @@ Row = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Encode:
-    """Run the encoder for a key call on latents made from the noise history.
+class Evaluate:
+    """Run the denoiser, or its encoder where it is cut, on latents made from the history.
 
     Attributes:
         call: the key call.
         timestep: of the key call.
-        row: coefficients over (z, eps_0, ..., eps_{N-1}) of the encoder's input.
-        slot: place in the ring that receives the features.
+        row: coefficients over the history of the input.
+        slot: place in the ring that receives the features; None if the prediction is next in the
+            history.
     """
 
     call: int
     timestep: float
     row: Row
-    slot: int
+    slot: int | None
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Run the decoder for calls start..stop-1 in one batch.
+    """Run the decoder for calls start..stop-1 in one batch; their predictions join the history.
 
     Attributes:
         start, stop: the calls.
@@ -71,12 +67,12 @@ class Plan:
 
     Attributes:
         num_calls: N, denoiser evaluations of the full sampler.
-        num_slots: M, slots of the feature ring.
-        key_calls: where the encoder runs.
+        num_slots: M, slots of the feature ring; 0 without a cut.
+        key_calls: where the denoiser, or its encoder, runs.
         blend: name of the rule that made the weights.
-        steps: the encoder and decoder runs in order.
-        samples: row k gives the latents before call k, row N the result, over
-            (z, eps_0, ..., eps_{N-1}).
+        steps: the runs in order.
+        columns: what the history holds.
+        samples: row k gives the latents before call k, row N the result, over the history.
         timesteps: of all calls.
     """
 
@@ -84,14 +80,15 @@ class Plan:
     num_slots: int
     key_calls: tuple[int, ...]
     blend: Blend
-    steps: tuple[Encode | Decode, ...]
+    steps: tuple[Evaluate | Decode, ...]
+    columns: Columns
     samples: tuple[Row, ...]
     timesteps: tuple[float, ...]
 
     @property
-    def num_encoder_runs(self) -> int:
-        """Encoder evaluations per image."""
-        return sum(isinstance(step, Encode) for step in self.steps)
+    def num_evaluations(self) -> int:
+        """Runs of the denoiser, or of its encoder where it is cut, per image."""
+        return sum(isinstance(step, Evaluate) for step in self.steps)
 
     @property
     def num_decoder_runs(self) -> int:
@@ -99,9 +96,29 @@ class Plan:
         return sum(isinstance(step, Decode) for step in self.steps)
 
     @property
-    def longest_decode(self) -> int:
-        """Most calls in one decoder run."""
-        return max(step.stop - step.start for step in self.steps if isinstance(step, Decode))
+    def longest_decode(self) -> int | None:
+        """Most calls in one decoder run; None without a cut."""
+        decodes = (step for step in self.steps if isinstance(step, Decode))
+        return max((step.stop - step.start for step in decodes), default=None)
+
+    @cached_property
+    def filled(self) -> tuple[int, ...]:
+        """How many columns of the history are filled after each step."""
+        added = (
+            step.stop - step.start if isinstance(step, Decode) else step.slot is None
+            for step in self.steps
+        )
+        return tuple(accumulate(added, initial=self.columns.prediction(0)))[1:]
+
+    @cached_property
+    def finished(self) -> tuple[range, ...]:
+        """Which calls are over by each step, so that the latents behind them are known."""
+        counts = (0, *map(self._count_finished, self.filled))
+        return tuple(range(*pair) for pair in pairwise(counts))
+
+    def _count_finished(self, filled: int) -> int:
+        """How many calls are over when so many columns are filled."""
+        return sum(1 for _ in takewhile(lambda row: not any(row[filled:]), self.samples[1:]))
 
     def to_json(self) -> str:
         """All numbers of the run, readable by any program."""
@@ -154,11 +171,8 @@ def check_key_calls(key_calls: Sequence[int], num_calls: int) -> tuple[int, ...]
 def make_plan(
     scheduler: Scheduler,
     num_steps: int,
+    policy: Policy = FULL,
     *,
-    stride: int | None = 1,
-    key_calls: Sequence[int] | None = None,
-    blend: Blend = DEFAULT_BLEND,
-    prior_noise: bool = False,
     max_decode_batch: int | None = None,
     rows_per_call: int = 2,
 ) -> Plan:
@@ -167,25 +181,19 @@ def make_plan(
     Args:
         scheduler: a deterministic diffusers scheduler; it is read, never changed.
         num_steps: num_inference_steps.
-        stride: distance of uniform key calls; 1 samples without a cache, None is the default
-            distance, or all calls if there are fewer.
-        key_calls: explicit key calls instead of a stride.
-        blend: see `encache.runtime.blend`.
-        prior_noise: inject z as Faster Diffusion does.
+        policy: see `Policy`.
         max_decode_batch: most rows of one decoder run; larger ones are split, which bounds memory.
         rows_per_call: images times guidance branches.
 
     Raises:
         PlanError: the numbers do not fit together.
     """
-    if blend not in BLENDS:
-        raise PlanError(f"There is no blend {blend!r}. Choose one of {', '.join(BLENDS)}.")
+    if policy.blend not in BLENDS:
+        raise PlanError(f"There is no blend {policy.blend!r}. Choose one of {', '.join(BLENDS)}.")
     config = json.dumps(full_config(scheduler))
-    keys = None if key_calls is None else tuple(key_calls)
-    max_decode_calls = _calls_within(max_decode_batch, rows_per_call)
-    return _make_plan(
-        type(scheduler), config, num_steps, stride, keys, blend, prior_noise, max_decode_calls
-    )
+    whole = policy.cut == NO_CUT
+    most_calls = None if whole else _calls_within(max_decode_batch, rows_per_call)
+    return _make_plan(type(scheduler), config, num_steps, policy, most_calls)
 
 
 def _calls_within(max_decode_batch: int | None, rows_per_call: int) -> int | None:
@@ -204,100 +212,118 @@ def _make_plan(
     scheduler_class: Any,
     config: str,
     num_steps: int,
-    stride: int | None,
-    key_calls: tuple[int, ...] | None,
-    blend: Blend,
-    prior_noise: bool,
+    policy: Policy,
     max_decode_calls: int | None,
 ) -> Plan:
     scheduler = scheduler_class.from_config(json.loads(config))
-    table = probe_solver(scheduler, num_steps, PRIOR_NOISE if prior_noise else 0.0)
+    table = probe_solver(scheduler, num_steps, PRIOR_NOISE if policy.prior_noise else 0.0)
+    key_calls = policy.key_calls
     if key_calls is None:
-        stride = min(DEFAULT_STRIDE, table.num_calls) if stride is None else stride
+        stride = min(DEFAULT_STRIDE, table.num_calls) if policy.stride is None else policy.stride
         key_calls = uniform_key_calls(stride, table.num_calls)
     keys = check_key_calls(key_calls, table.num_calls)
-    look_ahead = blend.startswith("interpolate")
-    make_steps = _look_ahead_steps if look_ahead else _causal_steps
-    steps = make_steps(table, keys, blend)
+    look_ahead = policy.blend.startswith("interpolate")
+    steps = (_look_ahead_steps if look_ahead else _causal_steps)(table, keys, policy.blend)
+    columns, samples = table.columns, table.samples
+    if policy.cut == NO_CUT:
+        steps, columns, samples = _blend_outputs(steps, table)
     return Plan(
         num_calls=table.num_calls,
-        num_slots=min(NUM_SLOTS[blend], len(keys)),
+        num_slots=0 if policy.cut == NO_CUT else min(NUM_SLOTS[policy.blend], len(keys)),
         key_calls=keys,
-        blend=blend,
+        blend=policy.blend,
         steps=tuple(_split_decodes(steps, max_decode_calls)),
-        samples=_rows(table.samples),
+        columns=columns,
+        samples=_rows(samples),
         timesteps=tuple(table.timesteps.tolist()),
     )
 
 
-def _causal_steps(table: SolverTable, keys: tuple[int, ...], blend: Blend) -> list[Encode | Decode]:
-    """Encode each key call, then decode its whole segment from the last M key features."""
+def _blend_outputs(
+    steps: Sequence[Evaluate | Decode], table: SolverTable
+) -> tuple[list[Evaluate | Decode], Columns, Tensor]:
+    """The same run without a decoder, whose blends are multiplied into the solver's rows.
+
+    A call's prediction is then a weighted sum of what the evaluations gave, and the history holds
+    nothing but these.
+    """
+    columns = Columns(sum(isinstance(step, Evaluate) for step in steps), table.columns.sources)
+    # What stands in each column of the solver's history, as a row over ours.
+    made = torch.zeros(len(table.columns), len(columns), dtype=torch.float64)
+    sources = range(columns.prediction(0))
+    made[sources, sources] = 1
+    held: dict[int | None, int] = {}  # by slot, the column of the evaluation that filled it
+    evaluations: list[Evaluate | Decode] = []
+    for step in steps:
+        if isinstance(step, Evaluate):
+            row = torch.tensor(step.row, dtype=torch.float64) @ made
+            held[step.slot] = columns.prediction(len(evaluations))
+            evaluations.append(replace(step, row=tuple(row.tolist()), slot=None))
+            continue
+        for call, weights in zip(range(step.start, step.stop), step.weights, strict=True):
+            for slot, weight in enumerate(weights):
+                if weight:
+                    made[table.columns.prediction(call), held[slot]] += weight
+    return evaluations, columns, table.samples.double() @ made
+
+
+def _causal_steps(
+    table: SolverTable, keys: tuple[int, ...], blend: Blend
+) -> list[Evaluate | Decode]:
+    """Evaluate each key call, then decode its whole segment from the last M of them."""
     slots = min(NUM_SLOTS[blend], len(keys))
-    steps: list[Encode | Decode] = []
+    steps: list[Evaluate | Decode] = []
     for index, (key, stop) in enumerate(zip(keys, (*keys[1:], table.num_calls), strict=True)):
         nodes = keys[max(0, index + 1 - slots) : index + 1]
-        steps.append(_encode(table, key, index % slots))
-        steps.append(_decode(table, range(key, stop), nodes, keys, slots, blend))
+        steps.append(_evaluate(table, key, index % slots))
+        steps.append(_decode(table, range(key, stop), nodes, keys, slots))
     return steps
 
 
 def _look_ahead_steps(
     table: SolverTable, keys: tuple[int, ...], blend: Blend
-) -> list[Encode | Decode]:
-    """Decode a key call, guess the next key's latents with its noise, encode there, interpolate.
+) -> list[Evaluate | Decode]:
+    """Decode a key call, guess the next key's latents with its noise, evaluate there, interpolate.
 
-    The guess holds the noise of the key call, or continues its change over the last two calls. The
-    last segment has no next key, so it extrapolates.
+    The guess holds the noise of the key call. The last segment has no next key, so it extrapolates.
     """
     slots = min(NUM_SLOTS[blend], len(keys))
-    steps: list[Encode | Decode] = [_encode(table, 0, 0)]
+    steps: list[Evaluate | Decode] = [_evaluate(table, 0, 0)]
     for index, (key, following) in enumerate(pairwise(keys)):
         slot, between = (index + 1) % slots, range(key + 1, following)
-        steps.append(_decode(table, range(key, key + 1), (key,), keys, slots, blend))
-        slope = 1.0 if blend == "interpolate-continued" and key else 0.0
-        steps.append(_encode(table, following, slot, _guess(table, following, key, slope)))
+        steps.append(_decode(table, range(key, key + 1), (key,), keys, slots))
+        steps.append(_evaluate(table, following, slot, _guess(table, following, key)))
         if between:
-            steps.append(_decode(table, between, (key, following), keys, slots, blend))
+            steps.append(_decode(table, between, (key, following), keys, slots))
         if blend == "interpolate-refresh":
-            steps.append(_encode(table, following, slot))
-    steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots, blend))
+            steps.append(_evaluate(table, following, slot))
+    steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots))
     return steps
 
 
-def _encode(table: SolverTable, call: int, slot: int, row: Tensor | None = None) -> Encode:
-    """An encoder run at `call`, on the solver's latents or on those that `row` guesses."""
+def _evaluate(table: SolverTable, call: int, slot: int, row: Tensor | None = None) -> Evaluate:
+    """An evaluation at `call`, on the solver's latents or on those that `row` guesses."""
     row = table.inputs[call] if row is None else row
-    return Encode(call, table.timesteps[call].item(), tuple(row.tolist()), slot)
+    return Evaluate(call, table.timesteps[call].item(), tuple(row.tolist()), slot)
 
 
-def _guess(table: SolverTable, call: int, key: int, slope: float) -> Tensor:
-    """Coefficients of the latents at `call` when no noise after `key` is known yet.
-
-    Noise k calls after the key is taken for eps_key + slope * k * (eps_key - eps_{key - 1}).
-    """
+def _guess(table: SolverTable, call: int, key: int) -> Tensor:
+    """Coefficients of the latents at `call` if every noise after `key` were the key's."""
     row = table.inputs[call].clone()
-    unknown = row[key + 2 : call + 1].clone()  # column j + 1 belongs to eps_j
-    continued = slope * (unknown * torch.arange(1, len(unknown) + 1)).sum()
-    row[key + 1] += unknown.sum() + continued
-    if slope:
-        row[key] -= continued
-    row[key + 2 : call + 1] = 0
+    known, stop = table.columns.prediction(key), table.columns.prediction(call)
+    row[known] += row[known + 1 : stop].sum()
+    row[known + 1 : stop] = 0
     return row
 
 
 def _decode(
-    table: SolverTable,
-    calls: range,
-    nodes: tuple[int, ...],
-    keys: tuple[int, ...],
-    slots: int,
-    blend: Blend,
+    table: SolverTable, calls: range, nodes: tuple[int, ...], keys: tuple[int, ...], slots: int
 ) -> Decode:
     """A decoder run whose weights interpolate the `nodes`, each in the slot of its key call."""
     rows = []
     for call in calls:
         row = [0.0] * slots
-        for node, weight in zip(nodes, blend_weights(blend, nodes, call), strict=True):
+        for node, weight in zip(nodes, lagrange_weights(nodes, call), strict=True):
             row[keys.index(node) % slots] = weight
         rows.append(tuple(row))
     timesteps = tuple(table.timesteps[calls.start : calls.stop].tolist())
@@ -305,11 +331,11 @@ def _decode(
 
 
 def _split_decodes(
-    steps: Sequence[Encode | Decode], max_calls: int | None
-) -> list[Encode | Decode]:
-    pieces: list[Encode | Decode] = []
+    steps: Sequence[Evaluate | Decode], max_calls: int | None
+) -> list[Evaluate | Decode]:
+    pieces: list[Evaluate | Decode] = []
     for step in steps:
-        if isinstance(step, Encode) or max_calls is None:
+        if isinstance(step, Evaluate) or max_calls is None:
             pieces.append(step)
             continue
         for start in range(step.start, step.stop, max_calls):
@@ -319,5 +345,5 @@ def _split_decodes(
     return pieces
 
 
-def _rows(table: Any) -> tuple[Row, ...]:
+def _rows(table: Tensor) -> tuple[Row, ...]:
     return tuple(tuple(row) for row in table.tolist())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from encache.errors import EncacheError
 
@@ -30,21 +31,22 @@ class Replay:
         """Whether the next call is a replay."""
         return self._graph is not None
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        """The function's value; the arguments must have the shapes of the first call."""
+    def __call__(self, *arguments: Any) -> Tensor:
+        """The function's value; the tensors in the arguments must have the first call's shapes."""
         if self._warm and not self.captured and not self._failed:
             self._capture(arguments)
         if self._graph is None:
             value = self._function(*arguments)
             self._warm = True
             return value
-        for place, one in zip(self._arguments, arguments, strict=True):
+        places = tree_leaves(self._arguments)
+        for place, one in zip(places, tree_leaves(arguments), strict=True):
             place.copy_(one)
         self._graph.replay()
         return self._value.clone()
 
-    def _capture(self, arguments: tuple[Tensor, ...]) -> None:
-        self._arguments = [one.clone() for one in arguments]
+    def _capture(self, arguments: tuple[Any, ...]) -> None:
+        self._arguments = tree_map(torch.clone, arguments)
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
             graph = torch.cuda.CUDAGraph()

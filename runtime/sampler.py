@@ -8,15 +8,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from encache.model.backbone import Conditions
 from encache.runtime.engines import Engines, allocate_ring
-from encache.runtime.plan import Decode, Encode, Plan
+from encache.runtime.plan import Decode, Evaluate, Plan, Row
 
 logger = logging.getLogger(__name__)
 
-#: Combines noise [K, G, n, 4, h, w] over the guidance axis G into [K, n, 4, h, w].
+#: Combines noise [K, G, n, C, h, w] over the guidance axis G into [K, n, C, h, w].
 Guide = Callable[[Tensor], Tensor]
-#: Called after each run of the decoder with the calls it covered and a way to their latents.
-OnDecoded = Callable[[Decode, Callable[[int], Tensor]], None]
+#: Called after each run with the calls that it finished and a way to the latents before any call.
+OnFinished = Callable[[range, Callable[[int], Tensor]], None]
 
 
 class Sampling:
@@ -27,8 +28,8 @@ class Sampling:
 
     Args:
         plan: what to run, in which order, with which numbers.
-        engines: the engine pair that runs it.
-        shape: of the noise (n, 4, h, w).
+        engines: what runs it.
+        shape: of the noise (n, C, h, w).
         num_guided: G, 2 with guidance and 1 without.
         guide: see `Guide`.
     """
@@ -36,61 +37,75 @@ class Sampling:
     def __init__(
         self, plan: Plan, engines: Engines, shape: Sequence[int], num_guided: int, guide: Guide
     ) -> None:
+        self.plan = plan
         self._engines = engines
         self._num_guided = num_guided
         self._guide = guide
         self._ring = allocate_ring(engines, plan.num_slots, num_guided * shape[0], *shape[2:])
-        # The history (z, eps_0, ..., eps_{N-1}); the plan's rows are coefficients over it.
-        self._history = torch.empty(plan.num_calls + 1, *shape, device=engines.device)
+        # What a run starts from, and its predictions; the plan's rows are coefficients over it.
+        self._history = torch.empty(len(plan.columns), *shape, device=engines.device)
         self._samples = self._place(plan.samples)
-        self._num_calls = plan.num_calls
-        self._calls_at_once = plan.longest_decode
-        self._steps = [
-            (step, self._place(step.row[: step.call + 1]), self._place([step.timestep]))
-            if isinstance(step, Encode)
-            else (step, self._place(step.weights), self._place(step.timesteps))
-            for step in plan.steps
+        self._calls_at_once = plan.longest_decode or 1
+        sources = plan.columns.prediction(0)
+        self._numbers = [
+            (self._place(step.row[:filled]), self._place([step.timestep]))
+            if isinstance(step, Evaluate)
+            else (self._place(step.weights), self._place(step.timesteps))
+            for step, filled in zip(plan.steps, (sources, *plan.filled), strict=False)
         ]
 
     @torch.inference_mode()
-    def run(self, noise: Tensor, text: Tensor, on_decoded: OnDecoded | None = None) -> Tensor:
+    def run(
+        self, noise: Tensor, conditions: Conditions, on_finished: OnFinished | None = None
+    ) -> Tensor:
         """Turn unit noise into latents.
 
         Args:
-            noise: z, one per image [n, 4, h, w], float32.
-            text: text embeddings [G * n, L, D], negative ones first.
-            on_decoded: for progress and callbacks; it may raise to stop.
+            noise: z, one per image [n, C, h, w], float32.
+            conditions: of G * n rows each, without a prompt's first.
+            on_finished: for progress and callbacks; it may raise to stop.
 
         Returns:
-            Latents [n, 4, h, w], float32.
+            Latents [n, C, h, w], float32.
         """
         with _one_thread if self._engines.has_own_threads else nullcontext():
-            return self._run(noise, text, on_decoded)
+            return self._run(noise, conditions, on_finished)
 
     def first_broken_call(self) -> int | None:
         """The first call of the last run whose noise prediction is not finite, if there is one."""
-        broken = (~self._history[1:].isfinite()).flatten(1).any(1).nonzero()
-        return int(broken[0]) if len(broken) else None
+        predictions = self._history[self.plan.columns.prediction(0) :]
+        broken = (~predictions.isfinite()).flatten(1).any(1).nonzero()
+        if not len(broken):
+            return None
+        steps = self.plan.steps
+        whole = [step.call for step in steps if isinstance(step, Evaluate) and step.slot is None]
+        return (whole or range(self.plan.num_calls))[int(broken[0])]
 
-    def _run(self, noise: Tensor, text: Tensor, on_decoded: OnDecoded | None) -> Tensor:
+    def _run(self, noise: Tensor, conditions: Conditions, on_finished: OnFinished | None) -> Tensor:
         # What is not filled yet is multiplied by zero, and 0 * NaN is NaN.
         for buffer in (self._history, *self._ring):
             buffer.zero_()
-        self._history[0] = noise
-        for step, numbers, timesteps in self._steps:
-            if isinstance(step, Encode):
-                latents = torch.tensordot(numbers, self._history[: step.call + 1], 1)
-                latents = latents.to(self._engines.dtype).repeat(self._num_guided, 1, 1, 1)
-                self._engines.encode(latents, timesteps, text, self._ring, step.slot)
+        filled = self.plan.columns.prediction(0)
+        self._history[:filled] = noise
+        steps = zip(self.plan.steps, self._numbers, self.plan.finished, strict=True)
+        for step, (numbers, timesteps), finished in steps:
+            if isinstance(step, Decode):
+                predicted = self._decode(numbers, timesteps, conditions)
             else:
-                predicted = self._decode(numbers, timesteps, text)
-                predicted = predicted.float().view(len(timesteps), self._num_guided, *noise.shape)
-                self._history[step.start + 1 : step.stop + 1] = self._guide(predicted)
-                if on_decoded:
-                    on_decoded(step, self._latents_before)
-        return self._latents_before(self._num_calls)
+                latents = self._combine(numbers).to(self._engines.dtype)
+                latents = latents.repeat(self._num_guided, 1, 1, 1)
+                if step.slot is not None:
+                    self._engines.encode(latents, timesteps, conditions, self._ring, step.slot)
+                    continue
+                predicted = self._engines.denoise(latents, timesteps, conditions)
+            predicted = predicted.float().view(-1, self._num_guided, *noise.shape)
+            self._history[filled : filled + len(predicted)] = self._guide(predicted)
+            filled += len(predicted)
+            if on_finished:
+                on_finished(finished, self._latents_before)
+        return self._latents_before(self.plan.num_calls)
 
-    def _decode(self, weights: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def _decode(self, weights: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Noise of the calls in one run of the decoder, or in as many as memory asks for."""
         try:
             parts = zip(
@@ -98,7 +113,8 @@ class Sampling:
                 timesteps.split(self._calls_at_once),
                 strict=True,
             )
-            return torch.cat([self._engines.decode(self._ring, *part, text) for part in parts])
+            decode = self._engines.decode
+            return torch.cat([decode(self._ring, *part, conditions) for part in parts])
         except torch.OutOfMemoryError:
             calls = min(len(timesteps), self._calls_at_once)
             if calls == 1:
@@ -109,13 +125,17 @@ class Sampling:
                 calls,
                 self._calls_at_once,
             )
-        return self._decode(weights, timesteps, text)  # outside, where nothing is held any more
+        # Outside, where nothing is held any more.
+        return self._decode(weights, timesteps, conditions)
 
     def _latents_before(self, call: int) -> Tensor:
-        row = self._samples[call, : call + 1]
-        return torch.tensordot(row, self._history[: call + 1], 1)
+        return self._combine(self._samples[call])
 
-    def _place(self, numbers: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    def _combine(self, row: Tensor) -> Tensor:
+        """row . history, as far as the row goes."""
+        return torch.tensordot(row, self._history[: len(row)], 1)
+
+    def _place(self, numbers: Row | Sequence[Row] | list[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=self._engines.device)
 
 

@@ -1,14 +1,43 @@
 """How a run is sampled, once everybody was asked: the caller, the model, then encache itself."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from encache.model.preset import Preset
+from encache.model.spec import DEFAULT_CUT, Cut
 from encache.runtime.blend import DEFAULT_BLEND, Blend
 
 #: Of a model that does not name its own, as in diffusers.
 DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When the network runs, and what stands in for its other calls.
+
+    Attributes:
+        stride: distance of uniform key calls; 1 samples without a cache, None is the default
+            distance, or all calls if there are fewer.
+        key_calls: explicit key calls instead of a stride.
+        blend: see `encache.runtime.blend`.
+        prior_noise: inject z as Faster Diffusion does.
+        cut: what is cached: features at a cut, or at "none" the output.
+    """
+
+    stride: int | None = None
+    key_calls: tuple[int, ...] | None = None
+    blend: Blend = DEFAULT_BLEND
+    prior_noise: bool = False
+    cut: Cut = DEFAULT_CUT
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As arguments for `EncachePipeline`, whose engines decide the cut."""
+        return {name: value for name, value in vars(self).items() if name != "cut"}
+
+
+#: Samples without a cache.
+FULL = Policy(stride=1, blend="reuse")
 
 
 @dataclass(frozen=True)
@@ -18,30 +47,26 @@ class Settings:
     Attributes:
         steps: num_inference_steps.
         guidance_scale: 1 or less is without guidance.
-        stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`.
+        policy: how it is cached.
     """
 
     steps: int
     guidance_scale: float
-    stride: int | None
-    key_calls: Sequence[int] | None
-    blend: Blend
-    prior_noise: bool
+    policy: Policy
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As arguments for `EncachePipeline`."""
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            **self.policy.arguments,
+        }
 
     @property
     def rows(self) -> int:
         """Rows of the UNet per picture and call: two with guidance."""
         return 2 if self.guidance_scale > 1 else 1
-
-    @property
-    def policy(self) -> dict[str, Any]:
-        """As arguments for `EncachePipeline` and `make_plan`."""
-        return {
-            "stride": self.stride,
-            "key_calls": self.key_calls,
-            "blend": self.blend,
-            "prior_noise": self.prior_noise,
-        }
 
 
 def resolve(wished: Preset, model: Preset, guidance_scale: float) -> Settings:
@@ -60,8 +85,11 @@ def resolve(wished: Preset, model: Preset, guidance_scale: float) -> Settings:
     return Settings(
         steps=steps,
         guidance_scale=(guidance_scale if wished.guidance_scale is None else wished.guidance_scale),
-        stride=stride,
-        key_calls=said.key_calls,
-        blend=cast(Blend, said.blend or DEFAULT_BLEND),  # which make_plan checks
-        prior_noise=bool(said.prior_noise),
+        policy=Policy(
+            stride=stride,
+            key_calls=said.key_calls,
+            blend=cast(Blend, said.blend or DEFAULT_BLEND),  # which make_plan checks
+            prior_noise=bool(said.prior_noise),
+            cut=cast(Cut, said.cut or DEFAULT_CUT),
+        ),
     )

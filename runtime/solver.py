@@ -32,6 +32,26 @@ class Scheduler(Protocol):
 
 
 @dataclass(frozen=True)
+class Columns:
+    """What a history holds, in this order: what a run starts from, then its predictions.
+
+    Attributes:
+        num_predictions: of the denoiser, in the order in which they are made.
+        sources: what a run starts from, by name; each of the latents' shape.
+    """
+
+    num_predictions: int
+    sources: tuple[str, ...] = ("noise",)
+
+    def __len__(self) -> int:
+        return self.prediction(self.num_predictions)
+
+    def prediction(self, number: int) -> int:
+        """The column of a prediction."""
+        return len(self.sources) + number
+
+
+@dataclass(frozen=True)
 class SolverTable:
     """Coefficients over (z, eps_0, ..., eps_{N-1}) for N calls; float32 on the CPU.
 
@@ -50,6 +70,11 @@ class SolverTable:
         """N."""
         return len(self.timesteps)
 
+    @property
+    def columns(self) -> Columns:
+        """What the coefficients belong to."""
+        return Columns(self.num_calls)
+
 
 def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0) -> SolverTable:
     """Step a copy of `scheduler` on basis vectors and return its table.
@@ -63,7 +88,7 @@ def probe_solver(scheduler: Scheduler, num_steps: int, prior_noise: float = 0.0)
     Raises:
         PlanError: the scheduler draws noise, clips or thresholds, or refuses the number of steps.
     """
-    basis = torch.eye(count_calls(scheduler, num_steps) + 1)
+    basis = torch.eye(len(Columns(count_calls(scheduler, num_steps))))
     # A stochastic scheduler is found out below; it must not disturb the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         try:
@@ -138,7 +163,7 @@ def _verify_linear(
     scheduler: Scheduler, num_steps: int, prior_noise: float, table: SolverTable
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(table.num_calls + 1, 8, generator=generator) * 3
+    columns = torch.randn(len(table.columns), 8, generator=generator) * 3
     _, stepped = _step_through(scheduler, num_steps, prior_noise, columns)
     difference = (table.samples @ columns - stepped).abs().max() / stepped.abs().max()
     if not difference < LINEARITY_TOLERANCE:

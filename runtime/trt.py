@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encache.contract.library import describe_library, load_library
+from encache.contract.manifest import ENGINE, REBUILD, Identity, Manifest, read_verified
+from encache.contract.target import local_compute_capability
 from encache.errors import EngineError
-from encache.export.library import describe_library, load_library
-from encache.export.manifest import ENGINE, REBUILD, Identity, Manifest, read_verified
-from encache.export.target import local_compute_capability
 from encache.files import write_atomically
-from encache.runtime.engines import GraphEngines
+from encache.model.spec import GraphSpec
 
 
-def open_tensorrt(folder: Path, manifest: Manifest) -> GraphEngines:
+def open_tensorrt(folder: Path, manifest: Manifest) -> dict[str, "_Engine"]:
     """Open a folder's engines on this machine's GPU.
 
     Raises:
@@ -27,13 +27,13 @@ def open_tensorrt(folder: Path, manifest: Manifest) -> GraphEngines:
     _refuse_too_little_memory(folder, manifest)
     library = load_library(manifest.identity.backend)
     runtime = library.Runtime(library.Logger(library.Logger.ERROR))
-    engines = {name: _Engine(runtime, folder, manifest, name) for name in manifest.graphs}
+    engines = {one.name: _Engine(runtime, folder, manifest, one) for one in manifest.graphs}
     # They run one after another, so one block of memory serves all of them.
     most = max(one.scratch_bytes for one in engines.values())
     scratch = torch.empty(most, dtype=torch.uint8, device="cuda")
     for engine in engines.values():
         engine.use_scratch(scratch)
-    return GraphEngines(manifest, engines, "cuda", capturable=True)
+    return engines
 
 
 def refuse_elsewhere(folder: Path, identity: Identity) -> None:
@@ -79,16 +79,16 @@ class _Engine:
     kept beside the folder, for the next time.
     """
 
-    def __init__(self, runtime: Any, folder: Path, manifest: Manifest, graph: str) -> None:
+    def __init__(self, runtime: Any, folder: Path, manifest: Manifest, spec: GraphSpec) -> None:
         self._library = load_library(manifest.identity.backend)
-        self._graph = graph
+        self.spec = spec
         self._stream = torch.cuda.Stream()
-        content = read_verified(folder, manifest, f"{graph}/{ENGINE}")
+        content = read_verified(folder, manifest, f"{spec.name}/{ENGINE}")
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise EngineError(
-                f"{manifest.identity.backend} cannot open {folder / graph}; its reason is above. "
-                f"Update the NVIDIA driver, or compile anew: {REBUILD}"
+                f"{manifest.identity.backend} cannot open {folder / spec.name}; its reason is "
+                f"above. Update the NVIDIA driver, or compile anew: {REBUILD}"
             )
         # Attributes die in the order in which they are first set: each before what it came from.
         self._contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
@@ -96,7 +96,7 @@ class _Engine:
         strategies = self._library.ExecutionContextAllocationStrategy
         self._config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         folder = folder.resolve()
-        self._kernels_path = folder.with_name(f"{folder.name}.{graph}.kernels")
+        self._kernels_path = folder.with_name(f"{folder.name}.{spec.name}.kernels")
         self._kernels = self._open_kernels()
         self._engine = engine
         self._runtime = runtime
@@ -109,10 +109,6 @@ class _Engine:
     def use_scratch(self, scratch: Tensor) -> None:
         """Run in this memory from now on."""
         self._scratch = scratch
-
-    def width_of(self, output: str) -> int:
-        """The last dimension of an output."""
-        return self._engine.get_tensor_shape(output)[-1]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute the outputs into the given tensors, in the order of the current stream.
@@ -130,7 +126,7 @@ class _Engine:
             context.set_tensor_address(name, tensor.data_ptr())
         with _off_the_default(self._stream) as stream:
             if not context.execute_async_v3(stream.cuda_stream):
-                raise EngineError(f"{self._graph} could not run; the library's reason is above.")
+                raise EngineError(f"{self.spec.name} could not run; the library's reason is above.")
         for name, tensor in outputs.items():
             if bound[name] is not tensor:
                 tensor.copy_(bound[name])
@@ -141,14 +137,14 @@ class _Engine:
         context = self._engine.create_execution_context(self._config)
         if context is None:
             raise EngineError(
-                f"{self._graph} could not be prepared to run, often for want of GPU memory; the "
+                f"{self.spec.name} could not be prepared to run, often for want of GPU memory; the "
                 "library's reason is above. Close other programs and try again."
             )
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(
-                    f"{self._graph} was not compiled for {name} of shape {list(tensor.shape)}. "
+                    f"{self.spec.name} was not compiled for {name} of shape {list(tensor.shape)}. "
                     "Export it again for this --batch, --decode-batch, --height and --width."
                 )
         return context

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import DEFAULT_CUT
 from encache.model.preset import PRESET_KEY, Preset
+from encache.model.spec import DEFAULT_CUT
 from encache.runtime.schedulers import full_config
 from encache.train.text import train_tokenizer
 

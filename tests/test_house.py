@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ("model", "train", "export", "runtime", "evaluate")
+FLOORS = ("model", "contract", "train", "export", "runtime", "evaluate")
 MODULES = sorted(
     f"encache.{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}"
     for floor in FLOORS
@@ -17,10 +17,11 @@ MODULES = sorted(
 #: What each floor may import, besides itself and the package root.
 BELOW = {
     "model": set(),
-    "train": {"model", "export", "runtime"},
-    "export": {"model"},
-    "runtime": {"model", "export"},
-    "evaluate": {"model", "export", "runtime"},
+    "contract": {"model"},
+    "export": {"model", "contract"},
+    "runtime": {"model", "contract", "export"},
+    "train": {"model", "contract", "export", "runtime"},
+    "evaluate": {"model", "contract", "export", "runtime"},
 }
 
 
@@ -39,7 +40,7 @@ def test_every_module_can_be_imported():
     [
         "encache",
         "encache.export.cli",
-        "encache.runtime.bench_cli",
+        "encache.evaluate.bench_cli",
         "encache.runtime.cli",
         "encache.train.cli",
         "encache.evaluate.cli",
@@ -55,6 +56,8 @@ def test_light_imports(module):
 def test_imports_point_downward(floor):
     allowed = BELOW[floor] | {floor, "errors", "command", "files", "progress", "__version__"}
     for path in (ROOT / floor).rglob("*.py"):
+        if path.stem.endswith("cli"):  # commands stand on the roof: nothing imports them
+            continue
         for line in path.read_text().splitlines():
             words = line.split()
             if words[:1] == ["from"] and words[1].startswith("encache."):

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from encache.command import Command, FiniteFloat, typed_options
-from encache.model.features import CUTS, Cut
+from encache.model.spec import FEATURE_CUTS, NO_CUT, Cut
 from encache.runtime.blend import BLENDS, Blend
 from encache.runtime.schedulers import SCHEDULERS
 from encache.train.options import (
@@ -91,7 +91,7 @@ def emoji(
 )
 @click.option(
     "--cut",
-    type=click.Choice(CUTS),
+    type=click.Choice(FEATURE_CUTS),
     default="up2",
     show_default=True,
     help="Where the encoder ends; draw with the same one.",
@@ -297,7 +297,7 @@ def fcr(
 )
 @click.option(
     "--cut",
-    type=click.Choice([cut for cut in CUTS if cut != "out"]),
+    type=click.Choice(FEATURE_CUTS),
     default="mid",
     show_default=True,
     help="What the encoder is: the UNet up to the mid block, or with up blocks 0, 1, 2.",
@@ -505,10 +505,8 @@ def shared(
     def open_teacher() -> EncachePipeline:
         if teacher_backend == "torch":
             pipeline.to(opened.accelerator.device)
-            return EncachePipeline.from_pipe(pipeline, "out")
-        return EncachePipeline.from_pretrained(
-            common["pretrained"], base=common["base"], cut="out", backend=teacher_backend
-        )
+            return EncachePipeline.from_pipe(pipeline, NO_CUT)
+        return EncachePipeline.from_checkpoint(checkpoint, cut=NO_CUT, backend=teacher_backend)
 
     def draw_pairs(number: int) -> None:
         with opened.accelerator.autocast() if teacher.precision != "no" else nullcontext():

@@ -13,40 +13,43 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from encache.model.split import SplitUNet
-from encache.runtime.plan import Encode, Plan, Row
+from encache.model.backbone import Conditions
+from encache.model.split import Halves
+from encache.runtime.plan import Evaluate, Plan, Row
 
 
 def compose(
-    plan: Plan, split: SplitUNet, noise: Tensor, text: Tensor, recompute: bool = False
+    plan: Plan, halves: Halves, noise: Tensor, conditions: Conditions, recompute: bool = False
 ) -> Tensor:
-    """Run a plan without guidance, as one differentiable function of the UNet's weights.
+    """Run a plan for a cut without guidance, as one differentiable function of the weights.
 
     Args:
         plan: what to run.
-        split: the UNet in two, at any cut.
+        halves: the denoiser in two, at any cut.
         noise: z [B, C, h, w].
-        text: embeddings [B, L, D].
+        conditions: of B rows each.
         recompute: keep no activations inside the halves.
 
     Returns:
-        The history (z, eps_0, ..., eps_{N-1}) [N + 1, B, C, h, w], float32; a row of
+        The plan's whole history (z, eps_0, ..., eps_{N-1}) [N + 1, B, C, h, w], float32; a row of
         `plan.samples` over it gives latents.
     """
     run = runner(recompute)
-    dtype = split.encoder.unet.dtype
+    dtype = halves.encoder.module.dtype
     history = noise[None]
     ring: list[tuple[Tensor, ...]] = [()] * plan.num_slots
     for step in plan.steps:
-        if isinstance(step, Encode):
+        if isinstance(step, Evaluate):
+            assert step.slot is not None  # the plan is for a cut
             latents = latents_of(step.row, history).to(dtype)
-            ring[step.slot] = run(split.encoder, latents, noise.new_tensor([step.timestep]), text)
+            timestep = noise.new_tensor([step.timestep])
+            ring[step.slot] = run(halves.encoder, latents, timestep, conditions)
         else:
             filled = next(features for features in ring if features)
             slots = [features or filled for features in ring]  # what is not filled yet weighs 0
             features = [torch.stack(tensors) for tensors in zip(*slots, strict=True)]
             weights, timesteps = noise.new_tensor(step.weights), noise.new_tensor(step.timesteps)
-            predicted = run(split.decoder, features, weights, timesteps, text)
+            predicted = run(halves.decoder, features, weights, timesteps, conditions)
             history = torch.cat([history, predicted.float().view(-1, *noise.shape)])
     return history
 
@@ -59,7 +62,7 @@ def latents_of(row: Row, history: Tensor) -> Tensor:
 
 
 def runner(recompute: bool) -> Callable[..., Any]:
-    """Runs a half of the UNet; `recompute` keeps no activations and runs it again backwards."""
+    """Runs a half of a denoiser; `recompute` keeps no activations and runs it again backwards."""
     if not recompute:
         return lambda half, *arguments: half(*arguments)
     return partial(checkpoint, use_reentrant=False)

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from encache.errors import EncacheError
-from encache.model.features import Cut, ImageSpec
-from encache.model.split import SplitUNet
+from encache.model.spec import Cut, ImageSpec
+from encache.model.split import Halves
 from encache.model.text import tokenize
 from encache.train.composed import runner
 from encache.train.data import Draws, Example, Pictures, Steps, batches
@@ -161,32 +161,32 @@ class FCRObjective(Objective):
         """Noise, predict, compare; watch the size of every tensor that crosses the cut."""
         settings = self.settings
         # Made anew because it holds no state, and a copy of this module must split its own UNet.
-        split = SplitUNet(self.unet, settings.cut)
+        halves = Halves(self.unet, settings.cut)
         older = self._encode(
-            split, self._noised(batch, batch.timesteps), batch.timesteps, batch.text
+            halves, self._noised(batch, batch.timesteps), batch.timesteps, batch.text
         )
-        predicted = self._decode(split, older, batch.timesteps, batch.text)
+        predicted = self._decode(halves, older, batch.timesteps, batch.text)
         alpha_bar = self.alphas_cumprod[batch.timesteps]
         wanted = target(batch.clean, batch.noise, alpha_bar, self.prediction)
         weight = min_snr_weight(alpha_bar, settings.snr_gamma, self.prediction)
         terms = {"denoise": weighted_error(predicted, wanted, weight)}
         if settings.weight:
             terms["fcr"] = consistency_over_time(
-                lambda t: self._encode(split, self._noised(batch, t), t, batch.text),
+                lambda t: self._encode(halves, self._noised(batch, t), t, batch.text),
                 older,
                 batch.timesteps,
                 batch.deltas,
                 settings,
             )
         if settings.cached_weight:
-            terms["cached"] = settings.cached_weight * self.cached_error(split, older, batch)
+            terms["cached"] = settings.cached_weight * self.cached_error(halves, older, batch)
         sizes = {
             f"mean_square/{feature.name}": mean_square(tensor).mean().detach()
-            for feature, tensor in zip(split.features, older, strict=True)
+            for feature, tensor in zip(halves.features, older, strict=True)
         }
         return Losses(terms, sizes)
 
-    def cached_error(self, split: SplitUNet, older: Sequence[Tensor], batch: NoisedBatch) -> Tensor:
+    def cached_error(self, halves: Halves, older: Sequence[Tensor], batch: NoisedBatch) -> Tensor:
         """How far a call on extrapolated features is from what the unchanged UNet says there.
 
         The teacher takes two DDIM steps from x_t, to the next key call and to a call of its
@@ -207,12 +207,12 @@ class FCRObjective(Objective):
             key = self._step(x, teacher(x, first, batch.text).sample, first, second)
             x = self._step(key, teacher(key, second, batch.text).sample, second, call)
             wanted = teacher(x, call, batch.text).sample
-        newer = self._encode(split, key, second, batch.text)
+        newer = self._encode(halves, key, second, batch.text)
         slope = (distance / gap.clamp(min=1)).view(-1, 1, 1, 1)
         features = [
             new + slope.to(new.dtype) * (new - old) for old, new in zip(older, newer, strict=True)
         ]
-        predicted = self._decode(split, features, call, batch.text)
+        predicted = self._decode(halves, features, call, batch.text)
         alpha_bar = self.alphas_cumprod[call]
         weight = min_snr_weight(alpha_bar, self.settings.snr_gamma, self.prediction)
         return weighted_error(predicted, wanted, weight)
@@ -229,18 +229,19 @@ class FCRObjective(Objective):
         return noised.to(self.unet.dtype)
 
     def _encode(
-        self, split: SplitUNet, latents: Tensor, timesteps: Tensor, text: Tensor
+        self, halves: Halves, latents: Tensor, timesteps: Tensor, text: Tensor
     ) -> tuple[Tensor, ...]:
         """One encoder call, with one timestep per picture."""
-        return runner(self.recompute)(split.encoder, latents, timesteps, text)
+        return runner(self.recompute)(halves.encoder, latents, timesteps, {"text": text})
 
     def _decode(
-        self, split: SplitUNet, features: Sequence[Tensor], timesteps: Tensor, text: Tensor
+        self, halves: Halves, features: Sequence[Tensor], timesteps: Tensor, text: Tensor
     ) -> Tensor:
         """One decoder call on its own features, with one timestep per picture."""
         weights = features[0].new_ones(1, 1)
         ring = [one[None] for one in features]
-        return runner(self.recompute)(split.decoder, ring, weights, timesteps[None], text)
+        decode = runner(self.recompute)
+        return decode(halves.decoder, ring, weights, timesteps[None], {"text": text})
 
 
 def fcr_task(

@@ -223,7 +223,7 @@ def open_model(checkpoint: "Checkpoint", options: dict[str, Any]) -> Opened:
     import torch
     from accelerate import Accelerator
 
-    from encache.export.graphs import TORCH_DTYPES
+    from encache.contract.dtypes import torch_dtype
     from encache.model.loading import load_pipeline
     from encache.train.finetune import Run
     from encache.train.loop import Recipe
@@ -258,7 +258,7 @@ def open_model(checkpoint: "Checkpoint", options: dict[str, Any]) -> Opened:
         batch_size=options["train_batch_size"],
         lora_rank=options["rank"],
         gradient_checkpointing=options["gradient_checkpointing"],
-        dtype=TORCH_DTYPES[options["save_dtype"]],
+        dtype=torch_dtype(options["save_dtype"]),
         validation_prompts=options["validation_prompt"],
         validation_every=options["validation_steps"],
         seed=options["seed"],

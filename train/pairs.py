@@ -19,7 +19,7 @@ from torch import Tensor
 from encache.errors import EncacheError
 from encache.files import check_writable, parse_json, read_lines, write_json
 from encache.model.checkpoint import Checkpoint, default_model
-from encache.model.features import ImageSpec
+from encache.model.spec import ImageSpec
 from encache.progress import progress
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.schedulers import full_config
@@ -153,7 +153,7 @@ class Pairs:
 
         Args:
             number: how many.
-            open_pipeline: opens the teacher at the cut "out"; not called when nothing is missing.
+            open_pipeline: opens the teacher without a cut; not called when nothing is missing.
             batch_size: pictures at once, at most `SHARD`.
             accelerator: the processes, mixed with the teacher's precision.
         """

@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from encache.model.features import Cut
-from encache.model.split import SplitUNet
+from encache.model.spec import Cut
+from encache.model.split import Halves
 from encache.runtime.plan import Plan
 from encache.train.composed import compose, latents_of, relative_error, runner
 from encache.train.diffusion import Prediction, add_noise, noise_of
@@ -115,7 +115,7 @@ class SharedObjective(Objective):
         self.teacher: UNet2DConditionModel | None = None
         if settings.perceptual_weight or settings.vsd_weight:
             self.teacher = copy.deepcopy(unet).requires_grad_(False).eval()
-        SplitUNet(unet, cut)  # refuses what cannot be cut so
+        Halves(unet, cut)  # refuses what cannot be cut so
         if settings.vsd_weight:
             add_lora(self.teacher, settings.vsd_rank, seed)
 
@@ -134,8 +134,8 @@ class SharedObjective(Objective):
     def forward(self, batch: SharedBatch) -> Losses:
         """Draw the pictures and compare them."""
         settings = self.settings
-        split = SplitUNet(self.unet, self.cut)  # anew: a copy of this module has its own UNet
-        latents = self.sample(batch.noise, batch.text, split)
+        halves = Halves(self.unet, self.cut)  # anew: a copy of this module has its own UNet
+        latents = self.sample(batch.noise, batch.text, halves)
         terms: dict[str, Tensor] = {}
         watched: dict[str, Tensor] = {}
         if settings.needs_pairs:
@@ -150,22 +150,22 @@ class SharedObjective(Objective):
             terms["vsd"] = settings.vsd_weight * self.score_distillation(latents[:, -1], batch)
             terms["score"] = self.score_error(latents[:, -1].detach(), batch)
         if settings.fcr.weight:
-            terms["fcr"] = self.fcr(split, batch)
+            terms["fcr"] = self.fcr(halves, batch)
         return Losses(terms, {name: value.detach() for name, value in watched.items()})
 
-    def sample(self, noise: Tensor, text: Tensor, split: SplitUNet | None = None) -> Tensor:
+    def sample(self, noise: Tensor, text: Tensor, halves: Halves | None = None) -> Tensor:
         """The student's latents [B, E, C, h, w] at the places that are compared."""
-        split = split or SplitUNet(self.unet, self.cut)
-        history = compose(self.plan, split, noise, text, self.recompute)
+        halves = halves or Halves(self.unet, self.cut)
+        history = compose(self.plan, halves, noise, {"text": text}, self.recompute)
         return torch.stack([latents_of(self.plan.samples[end], history) for end in self.ends], 1)
 
     def perceptual(self, latents: Tensor, batch: SharedBatch) -> Tensor:
         """How differently the unchanged encoder sees pictures and teacher's, noised alike."""
-        encoder = SplitUNet(self._frozen_teacher(), "mid").encoder
+        encoder = Halves(self._frozen_teacher(), "mid").encoder
 
         def see(clean: Tensor) -> tuple[Tensor, ...]:
             noised = self._noised(clean, batch.renoise, batch.timesteps)
-            return encoder(noised, batch.timesteps, batch.text)
+            return encoder(noised, batch.timesteps, {"text": batch.text})
 
         with torch.no_grad():
             wanted = see(batch.wanted[:, -1])
@@ -200,12 +200,12 @@ class SharedObjective(Objective):
         weight = alpha_bar.view(-1, 1, 1, 1)
         return (weight * (predicted - batch.score_noise).square()).mean()
 
-    def fcr(self, split: SplitUNet, batch: SharedBatch) -> Tensor:
+    def fcr(self, halves: Halves, batch: SharedBatch) -> Tensor:
         """lambda ||Enc(x_t) - Enc(x_{t-D})||^2 of the student on the teacher's pictures."""
 
         def encode(timesteps: Tensor) -> tuple[Tensor, ...]:
             noised = self._noised(batch.wanted[:, -1], batch.noise, timesteps)
-            return runner(self.recompute)(split.encoder, noised, timesteps, batch.text)
+            return runner(self.recompute)(halves.encoder, noised, timesteps, {"text": batch.text})
 
         older = encode(batch.timesteps)
         return consistency_over_time(

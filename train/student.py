@@ -12,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from encache.model.checkpoint import Checkpoint
-from encache.model.features import Cut
 from encache.model.loading import unet_weights
 from encache.model.preset import PRESET_KEY, Preset
+from encache.model.spec import Cut
 from encache.model.text import tokenize
 from encache.runtime.blend import Blend
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.schedulers import full_config, make_scheduler
+from encache.runtime.settings import Policy
 from encache.runtime.solver import count_calls
 from encache.train.composed import relative_error
 from encache.train.fcr import frozen_dtype, prediction_of
@@ -93,7 +94,8 @@ def make_student(
         blend=blend,
         prior_noise=False,
     )
-    return Student(preset, solver, make_plan(solver, steps, stride=stride, blend=blend), cut)
+    policy = Policy(stride=stride, blend=blend, cut=cut)
+    return Student(preset, solver, make_plan(solver, steps, policy), cut)
 
 
 #: Turns prompts into text embeddings [B, L, D].

@@ -166,7 +166,7 @@ def test_dry_run_lists_settings(arguments, tmp_path):
     result = evaluate(arguments("--dry-run", "--blend", "reuse"))
     names = result.stdout.splitlines()
     assert names[0] == "tiny, 8 steps"
-    assert "tiny, 8 steps, out, reuse, stride 4" in names
+    assert "tiny, 8 steps, none, reuse, stride 4" in names
     assert not (tmp_path / "report" / "index.html").exists()
 
 

@@ -8,13 +8,13 @@ from torch.nn.functional import mse_loss
 
 from encache.errors import EncacheError
 from encache.evaluate.drift import measure_drift
+from encache.evaluate.fidelity import psnr
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model, relative_error, ssim
 from encache.evaluate.settings import Protocol, Setting, cached_settings, read_prompts
 from encache.evaluate.store import Store
 from encache.model.checkpoint import find_checkpoint
-from encache.model.split import SplitUNet
-from encache.runtime.compare import psnr
+from encache.model.split import Halves
 from encache.runtime.pipeline import EncachePipeline
 
 FULL = Setting("tiny", "", 10)
@@ -169,19 +169,20 @@ def test_drift_equals_features_of_a_stepped_sampler(model_folder):
         num_inference_steps=6,
         guidance_scale=1.0,
     )
-    split, text = SplitUNet(plain.unet, "mid"), plain.encode_prompt("red apple", "cpu", 1, False)[0]
+    halves = Halves(plain.unet, "mid")
+    text = plain.encode_prompt("red apple", "cpu", 1, False)[0]
     scheduler, latents, features, moved = plain.scheduler, noise(0), [], []
     scheduler.set_timesteps(6)
     following = [*scheduler.timesteps[1:], None]
     with torch.no_grad():
         for timestep, later in zip(scheduler.timesteps, following, strict=True):
-            features.append(split.encoder(latents, timestep[None], text))
+            features.append(halves.encoder(latents, timestep[None], {"text": text}))
             if later is not None:
-                moved.append(split.encoder(latents, later[None], text))
+                moved.append(halves.encoder(latents, later[None], {"text": text}))
             output = plain.unet(latents, timestep, text).sample
             latents = scheduler.step(output, timestep, latents).prev_sample
     assert drift.lags == (1, 2, 3, 5)
-    for index, feature in enumerate(split.features):
+    for index, feature in enumerate(halves.features):
         tensors = [one[index] for one in features]
         changes = [
             ((now - before) ** 2).sum().item() / (now**2).sum().item()

@@ -16,15 +16,18 @@ from diffusers import AutoencoderTiny
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from encache.contract import manifest
+from encache.contract.manifest import MANIFEST, read_manifest
 from encache.errors import EngineError
-from encache.export import build, graphs, manifest
+from encache.export import build, graphs
 from encache.export.build import Request, build_engines
 from encache.export.graphs import pipeline_graphs, write_onnx
-from encache.export.manifest import MANIFEST, read_manifest
 from encache.export.parity import measure_parity
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import ImageSpec
+from encache.model.spec import ImageSpec
 from encache.runtime.pipeline import EncachePipeline
+
+SIZES = {"B": 2, "K": 3, "L": 16, "M": 2, "h": 16, "w": 16}
 
 
 @pytest.fixture
@@ -36,14 +39,14 @@ def test_folder_layout(engine_folder, up2_folder):
     expected = {
         "manifest.json",
         "model_index.json",
-        "unet_encoder",
         "text_encoder",
         "vae_decoder",
         "scheduler",
         "tokenizer",
     }
-    assert {path.name for path in engine_folder.iterdir()} == expected
-    assert {path.name for path in up2_folder.iterdir()} == expected | {"unet_decoder"}
+    halves = {"unet_encoder", "unet_decoder"}
+    assert {path.name for path in engine_folder.iterdir()} == expected | {"unet"}
+    assert {path.name for path in up2_folder.iterdir()} == expected | halves
     assert [path.name for path in engine_folder.parent.iterdir() if path.is_dir()] == [
         engine_folder.name
     ]
@@ -64,7 +67,7 @@ def test_graphs_are_opset_23_with_free_dimensions(up2_folder):
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in decoder.graph.input
     }
-    assert shapes["hidden"] == ["M", "B", 16, "h0", "w0"]
+    assert shapes["hidden"] == ["M", "B", 16, "h", "w"]
     assert shapes["weights"] == ["K", "M"]
     assert shapes["timesteps"] == ["K"]
     operators = {node.op_type for node in decoder.graph.node}
@@ -94,14 +97,14 @@ def test_fp16_exports_with_parity(fp16_folder, up2_folder):
 def test_parity_notices_a_wrong_graph(up2_folder, pipeline):
     graph = pipeline_graphs(pipeline, "up2")[1]
     path = up2_folder / "unet_decoder" / "model.onnx"
-    assert measure_parity(graph, path, (8, 8)) < 1e-5
+    assert measure_parity(graph, path, SIZES) < 1e-5
     pipeline.unet.conv_out.weight.data *= 1.01
-    assert measure_parity(graph, path, (8, 8)) > 1e-3
+    assert measure_parity(graph, path, SIZES) > 1e-3
 
 
 def test_the_image_decoder_is_checked_on_latents_of_a_samplers_size(pipeline):
-    picture = pipeline_graphs(pipeline, "out")[-1]
-    (latents,) = picture.draw(torch.Generator(), {"B": 64, "h": 32, "w": 32})
+    picture = pipeline_graphs(pipeline, "none")[-1]
+    latents = picture.draw(torch.Generator(), {"B": 64, "h": 32, "w": 32})["latents"]
     assert latents.std().item() == pytest.approx(1 / pipeline.vae.config.scaling_factor, rel=0.01)
 
 
@@ -113,9 +116,9 @@ def test_a_tiny_autoencoder_in_the_place_of_the_large_one(pipeline, tmp_path):
         num_decoder_blocks=(1, 1),
     )
     assert ImageSpec.of(pipeline.unet.config, pipeline.vae.config).downscale == 2
-    picture = pipeline_graphs(pipeline, "out")[-1]
-    path = write_onnx(picture, tmp_path, {"B": 2, "K": 1, "M": 1, "h": 16, "w": 16})
-    assert measure_parity(picture, path, (8, 8)) < 1e-5
+    picture = pipeline_graphs(pipeline, "none")[-1]
+    path = write_onnx(picture, tmp_path, SIZES)
+    assert measure_parity(picture, path, SIZES) < 1e-5
 
 
 @pytest.mark.usefixtures("only_text_encoder")
@@ -184,7 +187,7 @@ def test_two_builders_at_once_build_once(model_folder, tmp_path):
     assert sorted(int(output[1]) for output in outputs) == [0, 3]
 
 
-@pytest.mark.parametrize("name", ["unet_encoder/model.onnx.data", "vae_decoder/model.onnx"])
+@pytest.mark.parametrize("name", ["unet/model.onnx.data", "vae_decoder/model.onnx"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_an_altered_engine_is_refused(copied, name, damage):
     path = copied / name
@@ -261,5 +264,5 @@ def test_the_key_follows_every_part_of_the_identity(model_folder):
 
 def test_external_weights_are_hashed(engine_folder):
     files = manifest.read_manifest(engine_folder).files
-    assert "unet_encoder/model.onnx.data" in files
+    assert "unet/model.onnx.data" in files
     assert MANIFEST not in files

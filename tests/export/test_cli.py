@@ -32,7 +32,7 @@ def test_a_unet_over_its_base(model_folder, tmp_path):
     result = export("--ckpt", path, "--base", model_folder, "--engine-dir", tmp_path / "engines")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(str(tmp_path / "engines" / "fcr-"))
-    assert "checked unet_encoder: relative error" in result.stderr
+    assert "checked unet: relative error" in result.stderr
 
 
 def test_mistakes(model_folder):

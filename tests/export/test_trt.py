@@ -10,19 +10,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from encache.contract import library, target
+from encache.contract.library import describe_library, load_library
+from encache.contract.manifest import ENGINE, ONNX, read_manifest, read_verified
+from encache.contract.target import Target, parse_span, resolve_compute_capabilities
 from encache.errors import EngineError
-from encache.export import library, target
+from encache.evaluate.bench_cli import main as bench
 from encache.export.build import Request, find_covering_engines, find_engines
 from encache.export.cli import main
 from encache.export.graphs import pipeline_graphs, write_onnx
-from encache.export.library import describe_library, load_library
-from encache.export.manifest import ENGINE, ONNX, read_manifest, read_verified
-from encache.export.target import Target, parse_span, resolve_compute_capabilities
 from encache.export.trt import Compiler, profile
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import ImageSpec
+from encache.model.spec import ImageSpec
 from encache.runtime import trt
-from encache.runtime.bench_cli import main as bench
 from encache.runtime.cli import main as run
 from encache.runtime.pipeline import EncachePipeline
 from tests.conftest import make_pipeline
@@ -77,11 +77,11 @@ def test_the_library_reads_what_was_exported(fp16_folder):
         library.DataType.INT64: onnx.TensorProto.INT64,
     }
     for graph in graphs_of("up2")[0]:
-        path = fp16_folder / graph.name / ONNX
+        path = fp16_folder / graph.spec.name / ONNX
         ours = onnx.load(path, load_external_data=False).graph
         compiler = Compiler(RTX, path)
-        assert tuple(compiler.inputs) == graph.inputs
-        assert tuple(compiler.outputs) == graph.outputs
+        assert tuple(compiler.inputs) == tuple(one.name for one in graph.spec.inputs)
+        assert tuple(compiler.outputs) == tuple(one.name for one in graph.spec.outputs)
         read = {**compiler.inputs, **compiler.outputs}
         for value in (*ours.input, *ours.output):
             tensor = value.type.tensor_type
@@ -94,11 +94,11 @@ def test_the_library_reads_what_was_exported(fp16_folder):
 def test_profiles_follow_the_target():
     graphs, spec = graphs_of("up2")
     target = Target("any", ("8.9",), (1, 4), 5, (16, 16), (16, 32))
-    encoder, decoder, text, picture = (profile(one, target, spec) for one in graphs)
+    encoder, decoder, text, picture = (profile(one.spec, target, spec, 16) for one in graphs)
     assert encoder["latents"] == ((1, 4, 8, 8), (4, 4, 8, 16), (4, 4, 8, 16))
     assert encoder["timestep"] == ((1,), (1,), (1,))
-    assert decoder["weights"] == ((1, 1), (5, 2), (5, 3))
-    assert decoder["hidden"] == ((1, 1, 16, 8, 8), (2, 4, 16, 8, 16), (3, 4, 16, 8, 16))
+    assert decoder["weights"] == ((1, 1), (5, 2), (5, 2))
+    assert decoder["hidden"] == ((1, 1, 16, 8, 8), (2, 4, 16, 8, 16), (2, 4, 16, 8, 16))
     assert text["token_ids"] == ((1, 16), (4, 16), (4, 16))
     assert picture["latents"] == ((1, 4, 8, 8), (1, 4, 8, 16), (1, 4, 8, 16))
 
@@ -123,8 +123,10 @@ def test_wider_engines_serve_a_narrower_request(compiled):
 def test_scratch_memory_follows_the_largest_sizes(fp16_folder):
     graph, spec = graphs_of("up2")[0][1], graphs_of("up2")[1]
     small, large = (
-        Compiler(RTX, fp16_folder / graph.name / ONNX).compile(
-            profile(graph, Target("any", ("8.9",), (2, 2), calls, (16, 16), (16, 16)), spec),
+        Compiler(RTX, fp16_folder / graph.spec.name / ONNX).compile(
+            profile(
+                graph.spec, Target("any", ("8.9",), (2, 2), calls, (16, 16), (16, 16)), spec, 16
+            ),
             ["8.9"],
         )
         for calls in (1, 16)
@@ -136,20 +138,20 @@ def test_autoencoder_tiny_compiles(tmp_path):
     pipeline = make_pipeline()
     pipeline.vae = tiny_autoencoder()
     spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
-    graph = pipeline_graphs(pipeline.to(torch.float16), "out")[-1]
+    graph = pipeline_graphs(pipeline.to(torch.float16), "none")[-1]
     sizes = {"B": 1, "h": 16, "w": 16}
-    target = Target("any", ("8.9",), (2, 2), 0, (16, 16), (16, 16))
+    target = Target("any", ("8.9",), (2, 2), None, (16, 16), (16, 16))
     compiler = Compiler(RTX, write_onnx(graph, tmp_path, sizes))
-    assert compiler.compile(profile(graph, target, spec), ["8.9"]).scratch_bytes > 0
+    assert compiler.compile(profile(graph.spec, target, spec, 16), ["8.9"]).scratch_bytes > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache")  # TensorRT-RTX takes one, to no effect
 def test_a_timing_cache_is_written(fp16_folder, tmp_path):
     graph, spec = graphs_of("up2")[0][2], graphs_of("up2")[1]
-    shapes = profile(graph, Target("any", ("8.9",), (2, 2), 1, (16, 16), (16, 16)), spec)
+    shapes = profile(graph.spec, Target("any", ("8.9",), (2, 2), 1, (16, 16), (16, 16)), spec, 16)
     path, sizes = tmp_path / "cache.timing", []
     for _ in range(2):
-        Compiler(RTX, fp16_folder / graph.name / ONNX).compile(shapes, ["8.9"], path)
+        Compiler(RTX, fp16_folder / graph.spec.name / ONNX).compile(shapes, ["8.9"], path)
         sizes.append(path.stat().st_size)
     assert sizes[0] == sizes[1] > 0
     assert list(tmp_path.iterdir()) == [path]

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from encache.model.arithmetic import count_arithmetic
-from encache.model.features import CUTS
+from encache.model.spec import CUTS
 from tests.conftest import TEXT_WIDTH, tiny_unet
-
-STABLE_DIFFUSION_1_5 = {"sample_size": 64, "cross_attention_dim": 768}
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -18,15 +17,17 @@ def test_halves_add_up(cut):
     latents, timestep = torch.empty(1, 4, 8, 8, device="meta"), torch.empty(1, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(latents, timestep, torch.empty(1, 7, TEXT_WIDTH, device="meta"))
-    counted = count_arithmetic(unet.config, cut, 8, 8, text_length=7)
+    counted = count_arithmetic(unet, cut, 8, 8, text_length=7)
     # Both halves embed the time, which the undivided UNet does once.
     assert counted.full == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
 
 
 def test_stable_diffusion_1_5():
     # diffusers' defaults are its channels and blocks: 401.6 GMAC, of which down and mid 32.5 %.
-    counted = count_arithmetic(STABLE_DIFFUSION_1_5, "mid", 64, 64)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    counted = count_arithmetic(unet, "mid", 64, 64)
     assert counted.full == pytest.approx(2 * 401.6, rel=0.002)
     assert counted.encoder / counted.full == pytest.approx(0.325, abs=0.002)
-    deep = count_arithmetic(STABLE_DIFFUSION_1_5, "up2", 64, 64)
+    deep = count_arithmetic(unet, "up2", 64, 64)
     assert deep.decoder / deep.full == pytest.approx(0.246, abs=0.002)

@@ -10,9 +10,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from encache.contract.manifest import read_manifest
 from encache.errors import CheckpointError, PlanError
 from encache.export.build import Request, build_engines
-from encache.export.manifest import read_manifest
 from encache.model.checkpoint import find_checkpoint
 from encache.model.loading import load_pipeline, read_outline
 from encache.runtime.backends import load_scheduler
@@ -87,8 +87,8 @@ def test_a_model_without_a_size_is_refused(copied):
 def test_a_tokenizer_without_a_length(copied, length):
     edit(copied / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     pipeline = EncachePipeline.from_pipe(load_pipeline(find_checkpoint(copied)))
-    wanted = EncachePipeline.from_pipe(make_pipeline()).encode_prompts(["red apple"])
-    torch.testing.assert_close(pipeline.encode_prompts(["red apple"]), wanted)
+    wanted = EncachePipeline.from_pipe(make_pipeline()).texts(["red apple"])
+    torch.testing.assert_close(pipeline.texts(["red apple"]), wanted)
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json"])

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from encache.contract.manifest import read_manifest
+from encache.contract.target import Target, make_target, rows_of
 from encache.errors import CheckpointError
 from encache.export.build import Request, build_engines
 from encache.export.cli import main as export
-from encache.export.manifest import read_manifest
-from encache.export.target import Target, make_target, rows_of
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import CUTS
 from encache.model.loading import load_pipeline, read_outline
 from encache.model.preset import PRESET_KEY, UNSAID, Preset
+from encache.model.spec import CUTS
 from encache.runtime.backends import load_scheduler
 from encache.runtime.schedulers import full_config
 from tests.conftest import (
@@ -80,7 +80,7 @@ MALFORMED = [
     ('{"guidance_scale": 1e999}', "not JSON compliant"),
     (f'{{"guidance_scale": 1{"0" * 400}}}', "guidance_scale must be a finite number"),
     ('{"guidance_scale": false}', "guidance_scale must be"),
-    ('{"cut": "down1"}', "cut must be one of mid, up0"),
+    ('{"cut": "down1"}', "cut must be one of none, mid, up0"),
     ('{"cut": ["mid"]}', "cut must be"),
     ('{"key_calls": "0,2"}', "key_calls must be a list"),
     ('{"key_calls": [0, -1]}', "key_calls must be"),
@@ -161,9 +161,9 @@ def test_the_model_answers_before_its_base(model_folder, tmp_path):
     said = save_tuned(tmp_path, model_folder, ONE_SEGMENT)
     before = said.fingerprint
     assert (said.guidance_scale, said.cut) == (1.0, "mid")
-    assert (said.base.guidance_scale, said.base.cut) == (7.5, "out")
+    assert (said.base.guidance_scale, said.base.cut) == (7.5, "none")
     silent = save_tuned(tmp_path, model_folder, UNSAID)
-    assert (silent.guidance_scale, silent.cut) == (7.5, "out")
+    assert (silent.guidance_scale, silent.cut) == (7.5, "none")
     assert silent.fingerprint != before
 
 
@@ -215,7 +215,7 @@ def test_the_weights_choose_the_cut_of_an_export(model_folder, tmp_path):
 def test_a_target_fits_the_plan_of_the_weights(
     model_folder, tmp_path, monkeypatch, preset, rows, calls
 ):
-    monkeypatch.setattr("encache.export.target.describe_library", lambda backend: "any")
+    monkeypatch.setattr("encache.contract.target.describe_library", lambda backend: "any")
     checkpoint = save_tuned(tmp_path, model_folder, preset)
     target = make_target(checkpoint, "tensorrt-rtx", "mid", compute_capabilities=("8.9",))
     assert target == Target("any", ("8.9",), rows, calls, (16, 16), (16, 16))

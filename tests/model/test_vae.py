@@ -48,7 +48,7 @@ def test_pictures_equal_diffusers(model_folder, vae_folder, tmp_path):
     assert (expected - before).abs().max() > 0.1
     for backend in ("torch", "onnxruntime"):
         pipeline = EncachePipeline.from_pretrained(
-            model_folder, vae=vae_folder, cut="out", backend=backend, engine_dir=tmp_path
+            model_folder, vae=vae_folder, cut="none", backend=backend, engine_dir=tmp_path
         )
         torch.testing.assert_close(draw(pipeline, stride=1), expected, rtol=1e-3, atol=1e-3)
     (engines,) = tmp_path.glob("*/manifest.json")

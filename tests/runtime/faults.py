@@ -22,11 +22,11 @@ from pathlib import Path
 from click.testing import CliRunner
 from PIL import Image
 
+from encache.contract.manifest import MANIFEST
 from encache.export import build
 from encache.export.build import Request, build_engines
-from encache.export.manifest import MANIFEST
 from encache.model.checkpoint import find_checkpoint
-from encache.model.features import Cut
+from encache.model.spec import Cut
 from encache.runtime.cli import main as encache_run
 from tests.conftest import make_pipeline
 
@@ -344,7 +344,7 @@ def copying_instead_of_building(store: Store) -> Iterator[None]:
 def build_store(folder: Path) -> list[tuple[Path, Cut, str, Path]]:
     """Two models, two cuts of the first."""
     built: list[tuple[Path, Cut, str, Path]] = []
-    for seed, cut in ((0, "out"), (0, "up2"), (1, "out")):
+    for seed, cut in ((0, "none"), (0, "up2"), (1, "none")):
         model = folder / f"model{seed}"
         if not model.exists():
             make_pipeline(seed).save_pretrained(model)

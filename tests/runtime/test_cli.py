@@ -23,14 +23,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from encache import files
+from encache.contract.manifest import read_manifest
 from encache.export.cli import main as export
-from encache.export.manifest import read_manifest
 from encache.model.checkpoint import DEFAULT_MODEL_NAME, default_model, fast_model
 from encache.model.preset import PRESET_KEY, Preset
 from encache.runtime.cli import main
 from encache.runtime.images import METADATA_KEY, file_name, read_metadata, save_png
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
+from encache.runtime.settings import Policy
 from tests.conftest import ONE_SEGMENT, save_tuned
 
 PROGRAM = [sys.executable, "-c", "from encache.runtime.cli import main; main()"]
@@ -80,7 +81,8 @@ def test_the_metadata_repeats_the_picture(run, tmp_path, engine_folder):
         key: data[key]
         for key in ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width")
     }
-    plan = make_plan(pipeline.scheduler, data["num_inference_steps"], **policy)
+    asked = Policy(**{**policy, "key_calls": None}, cut=pipeline.engines.cut)
+    plan = make_plan(pipeline.scheduler, data["num_inference_steps"], asked)
     assert plan.hash() == data["plan"]
     generator = [torch.Generator().manual_seed(data["seed"])]
     again = pipeline(data["prompt"], generator=generator, **call, **policy).images[0]
@@ -129,9 +131,10 @@ def test_a_repeated_command_draws_only_what_is_missing(run, tmp_path, monkeypatc
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_how_a_picture_was_batched_does_not_make_it_another(run, tmp_path):
+def test_how_a_picture_was_batched_does_not_make_it_another(run, tmp_path, up2_folder):
     for arguments in (("--num-images", 1), ("--num-images", 3), ("--num-images", 3)):
-        result = run("--prompt", "x", *arguments, "--max-decode-batch", 8, "--stride", 5)
+        bounds = ("--cut", "up2", "--max-decode-batch", 8, "--stride", 5)
+        result = run("--prompt", "x", *arguments, *bounds, engines=up2_folder.parent)
         assert result.exit_code == 0, result.output
     names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
     assert names == [f"000-x-s{seed}.png" for seed in range(3)]
@@ -246,7 +249,7 @@ def test_engines_with_exchanged_names(run, model_folder, engine_folder, up2_fold
     store = tmp_path / "store"
     shutil.copytree(engine_folder, store / up2_folder.name)
     shutil.copytree(up2_folder, store / engine_folder.name)
-    for cut in ("out", "up2"):
+    for cut in ("none", "up2"):
         result = run("--prompt", "x", "--cut", cut, engines=store)
         assert_one_sentence(result, 1, "was renamed")
     assert not list(tmp_path.rglob("*.png"))
@@ -379,12 +382,11 @@ def test_weights_of_few_steps_are_compared_with_their_base(tuned, tmp_path, monk
     assert "compared with the full sampler of its base tiny" in result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     full, cached, fewer = report["rows"]
-    assert full["name"] == "diffusers, tiny, 50 calls"
-    assert (full["encoder_runs"], cached["encoder_runs"], cached["decoder_runs"]) == (50, 1, 1)
-    assert report["plain"]["call"]["guidance_scale"] == 7.5
-    assert report["call"]["guidance_scale"] == 1.0
+    assert (full["sampling"], cached["sampling"]) == ("50 steps", "1 of 4 calls")
+    assert report["task"]["guidance_scale"] == 7.5
+    assert report["settings"]["guidance_scale"] == 1.0
     # One picture is one row with these weights and two with their base.
-    assert full["gflop"] / full["encoder_runs"] == pytest.approx(fewer["gflop"])
+    assert full["gflop"] / 50 == pytest.approx(fewer["gflop"])
     assert cached["gflop"] < 2 * fewer["gflop"]
 
 
@@ -445,9 +447,10 @@ def test_an_image_is_the_same_alone_and_in_a_batch(run, tmp_path):
     "arguments",
     [
         ("--key-calls", "0,3,7", "--blend", "interpolate"),
-        ("--blend", "extrapolate2", "--prior-noise", "--scheduler", "heun"),
+        ("--blend", "interpolate-refresh", "--prior-noise", "--scheduler", "heun"),
         ("--guidance-scale", "1", "--scheduler", "pndm", "--backend", "torch", "--cut", "mid"),
-        ("--height", "40", "--width", "24", "--max-decode-batch", "2"),
+        ("--backend", "torch", "--cut", "mid", "--max-decode-batch", "2"),
+        ("--height", "40", "--width", "24"),
         ("--steps", "20", "--key-calls", "paper", "--blend", "reuse"),
     ],
 )
@@ -470,14 +473,16 @@ def test_compare(run, tmp_path):
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     full, eager, engines, fewer = rows
-    assert [row["encoder_runs"] for row in (full, eager, engines)] == [10, 2, 2]
-    assert [row["decoder_runs"] for row in (full, eager, engines)] == [10, 2, 2]
+    assert [row["backend"] for row in rows] == ["diffusers", "torch", "onnxruntime", "diffusers"]
+    assert [row["sampling"] for row in rows] == [
+        *("10 steps", "2 of 10 calls", "2 of 10 calls", "2 steps")
+    ]
     assert fewer["gflop"] <= engines["gflop"] == eager["gflop"] < full["gflop"]
     assert full["psnr"] is None
     assert engines["psnr"] == pytest.approx(eager["psnr"], abs=0.5)
-    assert all(row["num_images"] == 2 and row["seconds"] > 0 for row in rows)
     for row in rows:
-        assert row["name"] in result.stdout
+        assert row["spread"][0] <= row["seconds"] <= row["spread"][1]
+        assert f"{row['backend']}, {row['sampling']}" in result.stdout
 
 
 def test_engines_are_built_on_first_use(run, tmp_path):
@@ -519,7 +524,7 @@ def test_one_engine_folder_has_decided(run, engine_folder, options):
         (("--prompt", "x", "--compare", "--num-images", "2"), 2, ["--num-images", "with"]),
         (("--prompt", "x", "--base", "y"), 1, ["leave out --base"]),
         (("--prompt", "x", "--output", "/proc/none"), 1, ["/proc/none"]),
-        (("--prompt", "x", "--max-decode-batch", "1"), 1, ["max_decode_batch"]),
+        (("--prompt", "x", "--max-decode-batch", "1"), 2, ["--max-decode-batch", "--cut"]),
         (("--prompt", "x", "--seed", str(2**64)), 2, ["--seed"]),
         (("--prompt", "x", "--stride", "2", "--key-calls", "0,3"), 2, ["--stride", "--key-calls"]),
         (("--prompt", "x", "--backend", "torch", "--engine-dir", "y"), 2, ["--engine-dir"]),
@@ -599,7 +604,7 @@ def test_an_engine_folder_without_its_manifest(run, engine_folder, tmp_path):
 
 def test_an_edited_engine(run, engine_folder, tmp_path):
     copied = shutil.copytree(engine_folder, tmp_path / "engine")
-    with (copied / "unet_encoder" / "model.onnx.data").open("r+b") as stream:
+    with (copied / "unet" / "model.onnx.data").open("r+b") as stream:
         first = stream.read(1)
         stream.seek(0)
         stream.write(bytes([first[0] ^ 1]))

@@ -8,7 +8,7 @@ from tests.runtime.faults import FAULTS, Trial, copying_instead_of_building
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory, model_folder, engine_folder, up2_folder, fp16_folder):
     built = [
-        (model_folder, "out", "fp32", engine_folder),
+        (model_folder, "none", "fp32", engine_folder),
         (model_folder, "up2", "fp32", up2_folder),
         (model_folder, "up2", "fp16", fp16_folder),
     ]

@@ -4,9 +4,9 @@ import onnxruntime
 import pytest
 import torch
 
+from encache.contract.target import GPUS, local_compute_capability, make_target
 from encache.errors import EngineError
 from encache.export.build import Request, build_engines
-from encache.export.target import GPUS, local_compute_capability, make_target
 from encache.model.checkpoint import find_checkpoint
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.replay import Replay
@@ -83,7 +83,7 @@ def test_a_replay_computes_what_the_function_does():
 @GPU
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("blend", BLENDS)
-@pytest.mark.parametrize("cut", ["mid", "up2", "out"])
+@pytest.mark.parametrize("cut", ["mid", "up2", "none"])
 def test_captured_sampling_equals_eager_and_the_cpu(pipeline, cut, blend):
     cpu = EncachePipeline.from_pipe(pipeline, cut)
     expected = [draw(cpu, seed, blend=blend) for seed in range(4)]
@@ -104,7 +104,7 @@ def test_captured_sampling_equals_eager_and_the_cpu(pipeline, cut, blend):
 
 @GPU
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("cut", ["up2", "out"])
+@pytest.mark.parametrize("cut", ["up2", "none"])
 def test_tensorrt_rtx_follows_the_cpu(model_folder, pipeline, tmp_path, cut):
     """As near as fp16 is; the tiny model's random weights make much of its rounding."""
     pytest.importorskip("tensorrt_rtx_bindings", reason="needs encache[rtx]")

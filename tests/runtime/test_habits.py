@@ -234,7 +234,7 @@ def test_threads_share_a_pipeline(opened):
     with ThreadPoolExecutor(8) as pool:
         drawn = list(pool.map(lambda job: draw(opened, *job, stride=2), jobs))
         texts = [prompt for prompt, _ in jobs] * 40
-        for encoded in pool.map(lambda text: opened.encode_prompts([text, "x"]), texts):
+        for encoded in pool.map(lambda text: opened.texts([text, "x"])["text"], texts):
             assert encoded.shape == (2, 16, 16)
     for one, other in zip(drawn, wanted, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -270,17 +270,33 @@ def test_a_black_picture_says_where_it_began(model_folder, damage, place, output
 
 
 def test_an_overflow_in_the_middle_names_its_call(wrapped, monkeypatch):
+    denoise, calls = wrapped.engines.denoise, []
+
+    def overflow(latents, timestep, conditions):
+        calls.append(timestep)
+        return denoise(latents, timestep, conditions) / float(len(calls) != 3)
+
+    monkeypatch.setattr(wrapped.engines, "denoise", overflow)
+    with pytest.raises(EncacheError, match="call 2 of the UNet.*fp32"):
+        draw(wrapped, output_type="latent", stride=1)
+    calls.clear()
+    with pytest.raises(EncacheError, match="call 4 of the UNet.*fp32"):
+        draw(wrapped, output_type="latent", stride=2, num_inference_steps=6)
+
+
+def test_an_overflow_behind_a_cut_names_its_call(pipeline, monkeypatch):
+    wrapped = EncachePipeline.from_pipe(pipeline, "mid")
     encode, calls = wrapped.engines.encode, []
 
-    def overflow(latents, timestep, text, ring, slot):
-        encode(latents, timestep, text, ring, slot)
+    def overflow(latents, timestep, conditions, ring, slot):
+        encode(latents, timestep, conditions, ring, slot)
         calls.append(timestep)
         if len(calls) == 3:
             ring[0][slot].fill_(float("inf"))
 
     monkeypatch.setattr(wrapped.engines, "encode", overflow)
     with pytest.raises(EncacheError, match="call 2 of the UNet.*fp32"):
-        draw(wrapped, output_type="latent")
+        draw(wrapped, output_type="latent", stride=1)
 
 
 @pytest.mark.parametrize(

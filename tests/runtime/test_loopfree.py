@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import load_pipeline
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.schedulers import make_scheduler
 from tests.conftest import make_pipeline
@@ -96,8 +98,8 @@ def test_the_published_loop(folder):
     ours.scheduler = make_scheduler("ddim", ours.scheduler)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 4, 8, 8, generator=generator)
-    text = ours.encode_prompts(["red apple"])
-    plain = ours.engines.pipeline
+    text = ours.texts(["red apple"])["text"]
+    plain = load_pipeline(find_checkpoint(folder))
     expected = sample_as_published(folder, plain, noise, text)
     arguments = {"num_inference_steps": NUM_CALLS, "guidance_scale": 1.0, "stride": NUM_CALLS}
     latents = ours(

@@ -8,14 +8,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from encache.contract.target import Target
 from encache.errors import EncacheError
-from encache.export.target import Target
-from encache.model.features import CUTS
+from encache.model.spec import CUTS
 from encache.runtime.blend import BLENDS
 from encache.runtime.engines import TorchEngines
-from encache.runtime.pipeline import EncachePipeline, make_guide
+from encache.runtime.guidance import make_guide
+from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import PAPER_KEY_CALLS, make_plan
 from encache.runtime.sampler import Sampling
+from encache.runtime.settings import Policy
 from tests.conftest import (
     ONE_SEGMENT,
     TEXT_WIDTH,
@@ -130,7 +132,7 @@ def encoder_propagation(pipeline, cut, key_calls, order, steps, guidance_scale=7
 
     At a key call the whole UNet runs and its encoder's outputs are kept. At any other call hooks
     replace the encoder's outputs: by the last ones (order 0, Faster Diffusion), or by the straight
-    line through the last two (order 1). At the cut "out" they replace the noise predictions.
+    line through the last two (order 1). Without a cut they replace the noise predictions.
     """
     unet, scheduler = pipeline.unet, pipeline.scheduler
     text = [pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in ("", "red apple")]
@@ -138,7 +140,7 @@ def encoder_propagation(pipeline, cut, key_calls, order, steps, guidance_scale=7
     sample = torch.randn((1, 4, 8, 8), generator=generator()) * scheduler.init_noise_sigma
     blocks = {"conv_in": unet.conv_in, "mid": unet.mid_block}
     blocks |= {f"down{index}": block for index, block in enumerate(unet.down_blocks)}
-    blocks = {"out": unet.conv_out} if cut == "out" else blocks
+    blocks = {"out": unet.conv_out} if cut == "none" else blocks
     kept = [{name: [] for name in blocks} for _ in text]
     passed = []
     for call, timestep in enumerate(scheduler.timesteps):
@@ -176,7 +178,7 @@ def encoder_propagation(pipeline, cut, key_calls, order, steps, guidance_scale=7
 
 @pytest.mark.parametrize(("blend", "order"), [("reuse", 0), ("extrapolate", 1)])
 @pytest.mark.parametrize("key_calls", [PAPER_KEY_CALLS[50], tuple(range(0, 50, 5))])
-@pytest.mark.parametrize("cut", ["mid", "out"])
+@pytest.mark.parametrize("cut", ["mid", "none"])
 def test_blends_equal_encoder_propagation(pipeline, cut, key_calls, blend, order):
     ours = EncachePipeline.from_pipe(pipeline, cut)
     expected = encoder_propagation(pipeline, cut, key_calls, order, 50)
@@ -256,7 +258,7 @@ def test_latents_and_embeddings_may_be_given(pipeline):
     arguments = {"num_inference_steps": 5, "output_type": "latent", "stride": 1}
     expected = ours("red apple", generator=generator(), **arguments).images
     assert_close(ours("red apple", latents=noise, **arguments).images, expected, 1e-6)
-    embeds = ours.encode_prompts(["red apple"])
+    embeds = ours.texts(["red apple"])["text"]
     given = ours(prompt_embeds=embeds, latents=noise, **arguments).images
     assert_close(given, expected, 1e-6)
 
@@ -369,7 +371,7 @@ def test_the_cut_and_the_scheduler_of_the_weights_give_way(model_folder, tmp_pat
     scheduler = solver("euler")
     ours = EncachePipeline.from_pretrained(path, backend="torch", cut="up1", scheduler=scheduler)
     assert ours.scheduler is scheduler
-    assert ours.engines.features == TorchEngines(ours.engines.pipeline, "up1").features
+    assert ours.engines.features == TorchEngines(tiny_unet(), "up1").features
     assert ours.preset == ONE_SEGMENT
 
 
@@ -400,9 +402,9 @@ def test_an_onnx_runtime_too_old_for_a_gpu(engine_folder, monkeypatch):
 
 
 def test_a_run_leaves_nothing_to_the_next(pipeline):
-    engines = TorchEngines(pipeline, "up2")
-    plan = make_plan(pipeline.scheduler, STEPS, stride=3)
-    text = torch.randn(2, 16, TEXT_WIDTH, generator=generator())
+    engines = TorchEngines(pipeline.unet, "up2")
+    plan = make_plan(pipeline.scheduler, STEPS, Policy(3, cut="up2"))
+    text = {"text": torch.randn(2, 16, TEXT_WIDTH, generator=generator())}
     noise = torch.randn(1, 4, 8, 8, generator=generator())
     sampling = Sampling(plan, engines, noise.shape, 2, make_guide(7.5))
     first = sampling.run(noise, text)

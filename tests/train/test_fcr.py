@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from encache.model.split import SplitUNet
+from encache.model.spec import FEATURE_CUTS
+from encache.model.split import Halves
 from encache.train.fcr import FCR, FCRObjective, NoisedBatch, consistency
 from tests.conftest import TEXT_WIDTH, stable_diffusion_scheduler, tiny_unet
 
 ALPHAS = stable_diffusion_scheduler().alphas_cumprod
-CUTS = ("mid", "up0", "up1", "up2", "out")
 
 
 def make_batch(size=3):
@@ -38,7 +38,7 @@ def features_by_hooks(unet, cut, noisy, timesteps, text):
         block.register_forward_hook(lambda m, a, out: skips.extend(out[1]))
         for block in unet.down_blocks
     ]
-    cached = CUTS.index(cut)
+    cached = FEATURE_CUTS.index(cut)
     last = (unet.mid_block, *unet.up_blocks[:3], unet.conv_out)[cached]
     handles.append(last.register_forward_hook(lambda m, a, out: hidden.append(out)))
     predicted = unet(noisy, timesteps, text).sample
@@ -53,7 +53,7 @@ def noised(batch, timesteps):
     return alpha_bar.sqrt() * batch.clean + (1 - alpha_bar).sqrt() * batch.noise
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", FEATURE_CUTS)
 @pytest.mark.parametrize("form", ["raw", "relative", "spread"])
 def test_the_loss_equals_its_reference(cut, form):
     batch = make_batch()
@@ -84,16 +84,14 @@ def test_the_loss_equals_its_reference(cut, form):
     torch.testing.assert_close(list(losses.watched.values()), sizes)
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", FEATURE_CUTS)
 def test_the_consistency_reaches_only_encoder_parameters(cut):
     whole = objective(cut=cut)
     whole(make_batch()).terms["fcr"].backward()
     unet = whole.unet
-    cached = CUTS.index(cut)
+    cached = FEATURE_CUTS.index(cut)
     encoder = [unet.conv_in, unet.down_blocks, unet.mid_block, *unet.up_blocks[:cached]]
-    outputs = [unet.conv_norm_out, unet.conv_out]
-    encoder += outputs if cut == "out" else []
-    decoder = [*unet.up_blocks[cached:], *(outputs if cut != "out" else [])]
+    decoder = [*unet.up_blocks[cached:], unet.conv_norm_out, unet.conv_out]
     for module in encoder:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     for module in decoder:
@@ -171,7 +169,7 @@ def test_cached_error_equals_its_reference():
     batch = make_batch()
     model = objective(weight=0.0, cut="mid", cached_weight=0.7, cached_stride=100)
     model.unet.conv_out.weight.data.mul_(1.1)  # the student has moved away from its teacher
-    split, teacher = SplitUNet(model.unet, "mid"), tiny_unet()
+    halves, teacher = Halves(model.unet, "mid"), tiny_unet()
     expected = []
     # (older key call, key call, call): the last one is cut off at timestep 0
     for row, (t, key, s) in enumerate([(900, 800, 800), (300, 200, 150), (40, 0, 0)]):
@@ -179,14 +177,14 @@ def test_cached_error_equals_its_reference():
         x_key = ddim(x, teacher, t, key, text)
         x_s = ddim(x_key, teacher, key, s, text)
         older, newer = (
-            split.encoder(latents, torch.tensor([at]), text)
+            halves.encoder(latents, torch.tensor([at]), {"text": text})
             for latents, at in ((x, t), (x_key, key))
         )
         far = (key - s) / (t - key)
         mixed = [
             (-far * old + (1 + far) * new)[None] for old, new in zip(older, newer, strict=True)
         ]
-        got = split.decoder(mixed, torch.ones(1, 1), torch.tensor([s]), text)
+        got = halves.decoder(mixed, torch.ones(1, 1), torch.tensor([s]), {"text": text})
         wanted = teacher(x_s, s, text).sample
         expected.append((got - wanted).square().mean())
     actual = model(batch).terms["cached"]

@@ -18,7 +18,7 @@ from encache.errors import EncacheError
 from encache.model.checkpoint import find_checkpoint
 from encache.model.loading import load_pipeline
 from encache.model.preset import PRESET_KEY, Preset
-from encache.model.split import SplitUNet
+from encache.model.split import Halves
 from encache.runtime.pipeline import EncachePipeline
 from encache.train import student as module
 from encache.train.cli import main
@@ -102,8 +102,8 @@ def make_batch(size=3, num_ends=1, seed=0):
         {},
         {"steps": 8, "stride": 4, "prediction": "v_prediction"},
         {"cut": "up2", "spacing": "leading"},
-        {"cut": "out", "steps": 6, "stride": 2, "blend": "extrapolate"},
-        {"steps": 7, "stride": 3, "blend": "extrapolate2", "scheduler": "dpmsolver++"},
+        {"cut": "up1", "steps": 6, "stride": 2, "blend": "extrapolate"},
+        {"steps": 7, "stride": 3, "blend": "extrapolate", "scheduler": "dpmsolver++"},
         {"steps": 6, "stride": 3, "blend": "interpolate-refresh"},
         {"steps": 3, "stride": 4, "scheduler": "heun", "blend": "extrapolate", "cut": "up1"},
     ],
@@ -126,8 +126,8 @@ def test_the_composed_sampler_equals_the_pipeline(options):
         output_type="latent",
     ).images
     for recompute in (False, True):
-        split = SplitUNet(pipeline.unet, student.cut)
-        history = compose(student.plan, split, noise, text, recompute)
+        halves = Halves(pipeline.unet, student.cut)
+        history = compose(student.plan, halves, noise, {"text": text}, recompute)
         latents = latents_of(student.plan.samples[-1], history)
         torch.testing.assert_close(latents.detach(), drawn, rtol=1e-5, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_gradients_equal_finite_differences(options):
         # In double precision throughout: only so do differences show the gradient.
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(torch.Tensor, "float", torch.Tensor.double)
-            history = compose(student.plan, SplitUNet(unet, student.cut), noise, text)
+            history = compose(student.plan, Halves(unet, student.cut), noise, {"text": text})
             return relative_error(latents_of(student.plan.samples[-1], history), wanted).mean()
 
     parameters = dict(unet.named_parameters())
@@ -275,7 +275,7 @@ def teacher_of(**changes):
 
 @pytest.fixture
 def pipeline():
-    wrapped = EncachePipeline.from_pipe(make_pipeline(), "out")
+    wrapped = EncachePipeline.from_pipe(make_pipeline(), "none")
     wrapped.set_progress_bar_config(disable=True)
     return wrapped
 
@@ -568,7 +568,7 @@ def test_score_distillation_alone_needs_no_pairs(arguments, tmp_path):
         (["--stride", 9], "between 1"),
         (["--steps", 5000], "between 1 and 1000 steps"),
         (["--fcr-stride", 2, "--fcr-delta-max", 2], "either"),
-        (["--cut", "out"], "out"),
+        (["--cut", "none"], "none"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, tmp_path, more, said):

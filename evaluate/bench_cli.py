@@ -2,19 +2,18 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from encache.command import Command, FiniteFloat
+from encache.contract.dtypes import DTYPES, torch_dtype
+from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
+from encache.contract.target import DECODE_CALLS, Span, make_target, rows_of
 from encache.errors import EncacheError
-from encache.export.build import BACKENDS, DTYPES, Request, build_engines
-from encache.export.library import TENSORRT_BACKENDS
-from encache.export.target import DECODE_CALLS, Span, make_target, rows_of
 from encache.model.checkpoint import Checkpoint, find_checkpoint
-from encache.model.features import CUTS, Cut, check_size
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID
+from encache.model.spec import CUTS, NO_CUT, Cut, check_size
 
 #: Names of emoji, which the model that ships with encache draws, and any other too.
 PROMPTS = (
@@ -49,7 +48,7 @@ DEFAULT_STRIDES = (3, 5, 10, 20)
     "cuts",
     type=click.Choice(CUTS),
     multiple=True,
-    default=("mid", "up2", "out"),
+    default=("mid", "up2", NO_CUT),
     show_default=True,
 )
 @click.option(
@@ -112,15 +111,14 @@ def main(
 
     import torch
 
-    from encache.export.graphs import TORCH_DTYPES
+    from encache.evaluate.bench import Row, format_table, matrix_peak, measure
+    from encache.evaluate.contenders import Task, Trained, assemble
+    from encache.evaluate.machine import describe_machine
     from encache.files import check_new, write_json
     from encache.model.random_weights import find_sd15_shape
-    from encache.runtime.bench import Row, format_table, matrix_peak, measure
-    from encache.runtime.contenders import Task, Trained, assemble
-    from encache.runtime.machine import describe_machine
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.plan import paper_key_calls, strides_within
-    from encache.runtime.settings import resolve
+    from encache.runtime.settings import Policy, resolve
     from encache.runtime.solver import count_calls
 
     if json_path:
@@ -134,17 +132,17 @@ def main(
         checkpoint = trained.base
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
-    pipeline = load_pipeline(checkpoint, TORCH_DTYPES[dtype], device)
+    pipeline = load_pipeline(checkpoint, torch_dtype(dtype), device)
     num_calls = count_calls(pipeline.scheduler, steps)
     strides = strides or strides_within(DEFAULT_STRIDES, num_calls)
-    policies: dict[str, dict[str, Any]] = {f"stride {n}": {"stride": n} for n in strides}
+    policies = {f"stride {n}": Policy(stride=n) for n in strides}
     if paper:
-        policies["the paper's key calls"] = {"key_calls": paper_key_calls(steps)}
+        policies["the paper's key calls"] = Policy(key_calls=paper_key_calls(steps))
 
     if guidance_scale is None:
         guidance_scale = checkpoint.guidance_scale
     task = Task(PROMPTS, steps, guidance_scale, height, width, policies)
-    peak = matrix_peak(device, TORCH_DTYPES[dtype])
+    peak = matrix_peak(device, torch_dtype(dtype))
     rows: list[Row] = []
     left_out: dict[str, str] = {}
 
@@ -163,10 +161,16 @@ def main(
                     height=(height, height) if height else None,
                     width=(width, width) if width else None,
                 )
-            # Exactly these, not wider ones that happen to be there: they would be slower.
-            request = Request(source, cut, dtype, backend, target)
-            folder = build_engines(request, engine_dir, lambda line: click.echo(line, err=True))
-            return EncachePipeline.from_engines(folder)
+            return EncachePipeline.from_checkpoint(
+                source,
+                cut=cut,
+                backend=backend,
+                dtype=dtype,
+                target=target,
+                engine_dir=engine_dir,
+                exact=True,
+                report=lambda line: click.echo(line, err=True),
+            )
 
         def open_backend(backend: str, cut: Cut) -> EncachePipeline:
             if backend == "torch":
@@ -176,8 +180,6 @@ def main(
 
         def open_trained(backend: str) -> EncachePipeline:
             assert trained
-            if backend == "torch":
-                return EncachePipeline.from_checkpoint(trained, trained.cut, dtype)
             return open_engines(
                 trained, backend, trained.cut, rows_of(trained, (batch, batch)), None
             )
@@ -190,7 +192,7 @@ def main(
         if not rows and not any(one.pipeline for one in contenders):
             why = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise EncacheError(f"No backend is left to measure. {why}")
-        inputs = task.draw_inputs(pipeline, batch, repeats)
+        inputs = task.draw_inputs(pipeline, batch, range(repeats))
         measured, failures = measure(contenders, inputs, peak, rows[0] if rows else None)
         return measured, absent | failures
 
@@ -204,7 +206,7 @@ def main(
                 "machine": describe_machine(),
                 "model": (trained or checkpoint).name,
                 "dtype": dtype,
-                "task": asdict(task),
+                "task": task.facts,
                 "repeats": repeats,
                 "matrix_product_tflops": peak,
                 "left_out": left_out,

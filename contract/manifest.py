@@ -14,18 +14,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from encache.contract.target import Target
 from encache.errors import EngineError
-from encache.export.target import Target
 from encache.files import parse_json
 from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint
-from encache.model.features import Cut, Feature, ImageSpec
 from encache.model.preset import UNSAID, Preset, parse_preset
+from encache.model.spec import Cut, GraphSpec, ImageSpec, TensorSpec
 
 MANIFEST = "manifest.json"
 #: What a part's folder holds: a graph with its weights beside it, or a compiled engine.
 ONNX, ONNX_WEIGHTS, ENGINE = "model.onnx", "model.onnx.data", "model.engine"
 #: Raised when graphs or manifests of an older encache no longer fit its runtime.
-GRAPH_FORMAT = 3
+GRAPH_FORMAT = 4
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 REBUILD = "Delete the folder and run encache-export again."
 
@@ -80,7 +80,7 @@ class Manifest:
     Attributes:
         name: of the checkpoint.
         identity: what the engines were built for.
-        features: the tensors that cross the cut.
+        graphs: what goes into each graph and what comes out.
         spec: how pictures and latents relate.
         files: size in bytes and sha256 of each file, by its path in the folder.
         parity: relative error of each graph against PyTorch eager at build.
@@ -93,7 +93,7 @@ class Manifest:
 
     name: str
     identity: Identity
-    features: tuple[Feature, ...]
+    graphs: tuple[GraphSpec, ...]
     spec: ImageSpec
     files: Mapping[str, FileRecord]
     parity: Mapping[str, float]
@@ -104,9 +104,14 @@ class Manifest:
     preset: Preset = UNSAID
 
     @property
-    def graphs(self) -> tuple[str, ...]:
-        """Names of the folder's graphs: every one was checked."""
-        return tuple(self.parity)
+    def features(self) -> tuple[TensorSpec, ...]:
+        """The tensors that cross the cut; none without one."""
+        return next((one.outputs for one in self.graphs if one.name == "unet_encoder"), ())
+
+    @property
+    def conditions(self) -> tuple[TensorSpec, ...]:
+        """What the denoiser is told beside latents and timestep."""
+        return self.graphs[0].inputs[2:]
 
     def write(self, folder: Path) -> None:
         """Write manifest.json; it must be the last file of the folder."""
@@ -150,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
             **{
                 **data,
                 "identity": identity,
-                "features": tuple(Feature(**one) for one in data["features"]),
+                "graphs": tuple(map(_read_graph, data["graphs"])),
                 "spec": ImageSpec(**_tuples(data["spec"])),
                 "files": {name: FileRecord(**one) for name, one in data["files"].items()},
                 "preset": parse_preset(data.get("preset", {})),
@@ -160,6 +165,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
     _refuse_changed(folder, manifest)
     return manifest
+
+
+def _read_graph(data: Mapping[str, Any]) -> GraphSpec:
+    tensors = (
+        tuple(TensorSpec(**_tuples(one)) for one in data[part]) for part in ("inputs", "outputs")
+    )
+    return GraphSpec(data["name"], *tensors)
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from encache.errors import EncacheError
+from encache.evaluate.costs import gflop_of, steps_within
 from encache.model.arithmetic import Arithmetic, count_arithmetic
-from encache.model.features import CUTS, Cut, ImageSpec
-from encache.runtime.compare import steps_within
+from encache.model.spec import CUTS, NO_CUT, Cut, ImageSpec
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
-from encache.runtime.settings import Settings
+from encache.runtime.settings import Policy, Settings
+from encache.runtime.solver import count_calls
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -58,7 +59,8 @@ class Task:
         steps: of the full sampler.
         guidance_scale: classifier-free guidance.
         height, width: in pixels; None is the model's own.
-        policies: name and arguments of each way to cache, such as {"stride": 5}.
+        policies: each way to cache by name, such as Policy(stride=5); the cut is the engines'.
+        negative_prompt: one for all.
     """
 
     prompts: tuple[str, ...]
@@ -66,12 +68,14 @@ class Task:
     guidance_scale: float
     height: int | None
     width: int | None
-    policies: Mapping[str, Mapping[str, Any]]
+    policies: Mapping[str, Policy]
+    negative_prompt: str = ""
 
     @property
     def call(self) -> dict[str, Any]:
         """Arguments that all share."""
         return {
+            "negative_prompt": self.negative_prompt,
             "guidance_scale": self.guidance_scale,
             "height": self.height,
             "width": self.width,
@@ -79,17 +83,23 @@ class Task:
         }
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """As a report holds it."""
+        policies = {name: policy.arguments for name, policy in self.policies.items()}
+        return {**asdict(self), "policies": policies}
+
+    @property
     def rows(self) -> int:
         """Rows of the UNet per picture."""
         return 2 if self.guidance_scale > 1 else 1
 
     def draw_inputs(
-        self, pipeline: "StableDiffusionPipeline", batch: int, count: int
+        self, pipeline: "StableDiffusionPipeline", batch: int, seeds: Sequence[int]
     ) -> list[tuple[str, Tensor]]:
-        """A prompt and unit noise [batch, 4, h, w], `count` times, as the pipeline computes."""
+        """A prompt and unit noise [batch, 4, h, w] of each seed, as the pipeline computes."""
         unet = pipeline.unet
         shape = (batch, unet.config.in_channels, *self.latent_size(pipeline))
-        generators = (torch.Generator().manual_seed(seed) for seed in range(count))
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
         noises = (torch.randn(shape, generator=one) for one in generators)
         noises_there = (noise.to(unet.device, unet.dtype) for noise in noises)
         return list(zip(cycle(self.prompts), noises_there, strict=False))
@@ -131,9 +141,7 @@ def assemble(
     length = pipeline.tokenizer.model_max_length
     size = task.latent_size(pipeline)
     all_cuts = {*cuts, *((trained.cut,) if trained else ())}
-    arithmetic = {
-        cut: count_arithmetic(pipeline.unet.config, cut, *size, length) for cut in all_cuts
-    }
+    arithmetic = {cut: count_arithmetic(pipeline.unet, cut, *size, length) for cut in all_cuts}
     contenders = [plain(pipeline, task, arithmetic[cuts[0]].full)]
     if compiling:
         contenders.append(compiled(pipeline, contenders[0]))
@@ -167,12 +175,12 @@ def cached(
     """
     fewer = {task.steps}
     for (cut, pipeline), (name, policy) in product(pipelines.items(), task.policies.items()):
-        plan = make_plan(pipeline.scheduler, task.steps, **policy)
-        gflop = arithmetic[cut].total(plan.num_encoder_runs, plan.num_calls)
+        plan = make_plan(pipeline.scheduler, task.steps, replace(policy, cut=cut))
+        gflop = gflop_of(plan, arithmetic[cut])
         fewer.add(steps_within(pipeline.scheduler, task.steps, gflop, arithmetic[cut]))
-        call = {**task.call, "num_inference_steps": task.steps, **policy}
+        call = {**task.call, "num_inference_steps": task.steps, **policy.arguments}
         yield _of(pipeline, f"cut {cut}, {name}", call, gflop * task.rows)
-    cut = max(pipelines, key=CUTS.index)  # where most of the UNet is one engine
+    cut = max(pipelines, key=lambda one: (one == NO_CUT, CUTS.index(one)))  # in as few engines
     for steps in sorted(fewer, reverse=True):
         call = {**task.call, "num_inference_steps": steps, "stride": 1}
         yield _of(pipelines[cut], f"{steps} steps", call, steps * arithmetic[cut].full * task.rows)
@@ -183,16 +191,45 @@ def trained_contender(
 ) -> Contender:
     """Weights that were trained for a plan, sampled by it."""
     pipeline, settings = trained.open(backend), trained.settings
-    plan = make_plan(pipeline.scheduler, settings.steps, **settings.policy)
-    gflop = settings.rows * arithmetic.total(plan.num_encoder_runs, plan.num_calls)
-    own = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
-    name = f"trained for {plan.num_encoder_runs} of {plan.num_calls} calls"
-    return _of(pipeline, name, {**task.call, **own, **settings.policy}, gflop)
+    plan = make_plan(pipeline.scheduler, settings.steps, settings.policy)
+    name = f"trained for {plan.num_evaluations} of {plan.num_calls} calls"
+    gflop = settings.rows * gflop_of(plan, arithmetic)
+    return _of(pipeline, name, {**task.call, **settings.arguments}, gflop)
+
+
+def comparison(
+    full: "StableDiffusionPipeline",
+    pipelines: Sequence[EncachePipeline],
+    settings: Settings,
+    arithmetic: Arithmetic,
+    task: Task,
+    **limits: Any,
+) -> list[Contender]:
+    """The full sampler, one plan on every pipeline, and as many full steps as that plan costs.
+
+    Args:
+        full: the undivided model, or the one that its weights were trained from.
+        pipelines: run the plan.
+        settings: how they sample.
+        arithmetic: of one row of one call.
+        task: what the full sampler draws; its policies do not count.
+        limits: further arguments of the pipelines.
+    """
+    plan = make_plan(pipelines[0].scheduler, settings.steps, settings.policy)
+    gflop = settings.rows * gflop_of(plan, arithmetic)
+    steps = steps_within(full.scheduler, task.steps, gflop / task.rows, arithmetic)
+    call = {**task.call, **settings.arguments, **limits}
+    name = f"{plan.num_evaluations} of {plan.num_calls} calls"
+    return [
+        plain(full, task, arithmetic.full),
+        *(_of(one, name, call, gflop) for one in pipelines),
+        plain(full, replace(task, steps=steps), arithmetic.full),
+    ]
 
 
 def _of(pipeline: EncachePipeline, sampling: str, call: dict[str, Any], gflop: float) -> Contender:
     """A contender with a pipeline of its own, which keeps the buffers and graph of its plan."""
-    own = EncachePipeline(pipeline.engines, pipeline.tokenizer, pipeline.scheduler, pipeline.spec)
+    own = pipeline.with_parts()
     own.set_progress_bar_config(disable=True)
     device = own.engines.device
     return Contender(own.engines.name, sampling, device, _drawer(own, call), gflop, own, call)
@@ -201,7 +238,7 @@ def _of(pipeline: EncachePipeline, sampling: str, call: dict[str, Any], gflop: f
 def plain(pipeline: "StableDiffusionPipeline", task: Task, gflop: float) -> Contender:
     """diffusers as it is; `gflop` is of one row of one call."""
     call = {**task.call, "num_inference_steps": task.steps}
-    gflop *= task.steps * task.rows
+    gflop *= count_calls(pipeline.scheduler, task.steps) * task.rows
     device, draw = pipeline.unet.device, _drawer(pipeline, call)
     return Contender("diffusers", f"{task.steps} steps", device, draw, gflop)
 

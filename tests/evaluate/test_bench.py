@@ -9,12 +9,13 @@ import torch
 from click.testing import CliRunner
 
 from encache.errors import EngineError
+from encache.evaluate.bench import matrix_peak, measure
+from encache.evaluate.bench_cli import main
+from encache.evaluate.contenders import Task, assemble
 from encache.model.arithmetic import count_arithmetic
 from encache.model.checkpoint import find_checkpoint
-from encache.runtime.bench import matrix_peak, measure
-from encache.runtime.bench_cli import main
-from encache.runtime.contenders import Task, assemble
 from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.settings import Policy
 from tests.conftest import ONE_SEGMENT, save_tuned, tiny_unet
 
 
@@ -31,12 +32,12 @@ def by_torch(pipeline, task, compiling=False):
 
 def test_few_steps_guidance_and_an_existing_report(model_folder, tmp_path):
     """What was not asked for is not refused; the guidance is the model's; nothing is lost."""
-    command = ["--ckpt", model_folder, "--backend", "torch", "--cut", "out", "--repeats", 1]
+    command = ["--ckpt", model_folder, "--backend", "torch", "--cut", "none", "--repeats", 1]
     command += ["--steps", 4, "--json", tmp_path / "bench.json"]
     first = bench(*command)
     assert first.exit_code == 0, first.output
     task = json.loads((tmp_path / "bench.json").read_text())["task"]
-    assert task["policies"] == {"stride 3": {"stride": 3}}
+    assert task["policies"]["stride 3"]["stride"] == 3
     assert task["guidance_scale"] == find_checkpoint(model_folder).guidance_scale == 7.5
     again = bench(*command)
     assert again.exit_code == 1
@@ -52,7 +53,7 @@ def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
     )
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
-    assert report["task"]["policies"] == {"stride 3": {"stride": 3}}
+    assert report["task"]["policies"]["stride 3"]["stride"] == 3
     rows = {(row["backend"], row["sampling"], row["batch"]): row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
     assert rows["diffusers", "6 steps", 1]["speed"] == 1
@@ -67,7 +68,7 @@ def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
         steps = int(fewer.removesuffix(" steps"))
         assert steps / 6 * full["gflop"] <= cached["gflop"] < (steps + 1) / 6 * full["gflop"]
         parts = cached["parts"]
-        assert set(parts) == {"encode_text", "encode", "decode", "decode_latents", "outside"}
+        assert set(parts) == {"texts", "encode", "decode", "codec", "outside"}
         assert all(seconds >= 0 for seconds in parts.values())
         assert cached["spread"][0] <= cached["seconds"] <= cached["spread"][1]
         assert cached["tflops"] == pytest.approx(cached["gflop"] * 2 / cached["seconds"] / 1e3)
@@ -87,7 +88,7 @@ def test_weights_made_for_a_plan_are_timed_beside_their_base(model_folder, tmp_p
     rows = {(row["backend"], row["sampling"]): row for row in report["rows"]}
     full, own = rows["torch", "6 steps"], rows["torch", "trained for 1 of 4 calls"]
     # One row per picture for two; the decoder's four calls and the encoder's one.
-    cost = count_arithmetic(tiny_unet().config, "mid", 8, 8, 16)
+    cost = count_arithmetic(tiny_unet(), "mid", 8, 8, 16)
     assert own["gflop"] == pytest.approx(cost.encoder + 4 * cost.decoder)
     assert full["gflop"] == pytest.approx(2 * 6 * (cost.encoder + cost.decoder))
     # The full sampler is the base's: what it draws, diffusers draws.
@@ -100,11 +101,11 @@ def test_every_full_sampler_draws_the_same(pipeline, up2_folder):
             return EncachePipeline.from_pipe(pipeline, cut)
         return EncachePipeline.from_engines(up2_folder)
 
-    task = Task(("red apple",), 4, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 4, 7.5, None, None, {"stride 2": Policy(2)})
     contenders, _ = assemble(
         pipeline, open_backend, ["torch", "onnxruntime"], ["up2"], task, compiling=False
     )
-    ((prompt, noise),) = task.draw_inputs(pipeline, 1, 1)
+    ((prompt, noise),) = task.draw_inputs(pipeline, 1, [0])
     full = [one.draw(prompt, noise) for one in contenders if one.sampling == "4 steps"]
     assert len(full) == 3
     for picture in full[1:]:
@@ -130,17 +131,17 @@ def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
         return ours
 
     monkeypatch.setattr("encache.runtime.pipeline.Replay", Counted)
-    policies = {f"stride {n}": {"stride": n} for n in (2, 3)}
+    policies = {f"stride {n}": Policy(n) for n in (2, 3)}
     task = Task(("red apple",), 4, 7.5, None, None, policies)
-    contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "out"], task, False)
+    contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "none"], task, False)
     ours = [one for one in contenders if one.backend == "torch"]
-    measure(contenders, task.draw_inputs(pipeline, 1, 3), peak_tflops=1.0)
+    measure(contenders, task.draw_inputs(pipeline, 1, range(3)), peak_tflops=1.0)
     # One draw warms up, three are timed, always by the same graph.
     assert sorted(calls.values()) == [4] * len(ours)
 
 
 def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
-    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": Policy(2)})
     contenders = by_torch(pipeline, task)
 
     def fail(*_):
@@ -155,7 +156,7 @@ def test_what_cannot_run_is_named_and_the_rest_is_measured(pipeline):
         return torch.zeros(1, 3, 16, 16)
 
     contenders.append(replace(contenders[0], backend="tired", draw=tire))
-    rows, failures = measure(contenders, task.draw_inputs(pipeline, 1, 1), peak_tflops=1.0)
+    rows, failures = measure(contenders, task.draw_inputs(pipeline, 1, [0]), peak_tflops=1.0)
     assert failures == {
         "greedy, 2 steps": "too much",
         "tired, 2 steps": "ValueError",
@@ -169,7 +170,7 @@ def test_a_backend_that_does_not_open_is_named(pipeline):
             raise EngineError("not here")
         return EncachePipeline.from_pipe(pipeline, cut)
 
-    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": Policy(2)})
     wanted = ["tensorrt-rtx", "torch"], ["up2"], task
     contenders, left_out = assemble(pipeline, open_backend, *wanted, compiling=False)
     assert left_out == {"tensorrt-rtx, cut up2": "not here"}
@@ -190,9 +191,9 @@ def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
         return lambda *arguments, **options: calls.append(1) or forward(*arguments, **options)
 
     monkeypatch.setattr(torch, "compile", compile)
-    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": {"stride": 2}})
+    task = Task(("red apple",), 2, 7.5, None, None, {"stride 2": Policy(2)})
     contenders = by_torch(pipeline, task, compiling=True)
-    ((prompt, noise),) = task.draw_inputs(pipeline, 1, 1)
+    ((prompt, noise),) = task.draw_inputs(pipeline, 1, [0])
     plain, compiled = contenders[:2]
     with compiled.patch():
         picture = compiled.draw(prompt, noise)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from encache.contract.library import describe_library
 from encache.errors import EngineError
-from encache.export.library import describe_library
 from encache.model.checkpoint import Checkpoint
-from encache.model.features import Cut
 from encache.model.loading import read_outline
+from encache.model.spec import NO_CUT, Cut
 
 #: The smallest and the largest value of a size.
 Span = tuple[int, int]
@@ -40,14 +40,14 @@ class Target:
         library: compiler and version; the same must run the engines.
         compute_capabilities: of the GPUs, such as "8.9".
         rows: of the UNet: pictures at once, times two with guidance.
-        decode_calls: most calls in one run of the decoder; 0 at the cut "out", which has none.
+        decode_calls: most calls in one run of the decoder; None without a cut.
         height, width: of the pictures, in pixels.
     """
 
     library: str
     compute_capabilities: tuple[str, ...]
     rows: Span
-    decode_calls: int
+    decode_calls: int | None
     height: Span
     width: Span
 
@@ -61,7 +61,7 @@ class Target:
         return (
             self.library == wanted.library
             and set(wanted.compute_capabilities) <= set(self.compute_capabilities)
-            and wanted.decode_calls <= self.decode_calls
+            and (wanted.decode_calls or 0) <= (self.decode_calls or 0)
             and all(ours[0] <= theirs[0] and theirs[1] <= ours[1] for ours, theirs in spans)
         )
 
@@ -87,11 +87,15 @@ def make_target(
         default_height, default_width = read_outline(checkpoint).spec.picture_size
         height = height or (default_height, default_height)
         width = width or (default_width, default_width)
+    if cut == NO_CUT:
+        decode_calls = None
+    else:
+        decode_calls = decode_calls or _longest_segment(checkpoint) or DECODE_CALLS
     return Target(
         describe_library(backend),
         compute_capabilities or resolve_compute_capabilities(backend, (), ()),
         rows or rows_of(checkpoint),
-        0 if cut == "out" else decode_calls or _longest_segment(checkpoint) or DECODE_CALLS,
+        decode_calls,
         height,
         width,
     )
@@ -122,12 +126,13 @@ def _longest_segment(checkpoint: Checkpoint) -> int | None:
     return None
 
 
-def most_rows(decode_calls: int, rows_per_call: int, asked: int | None) -> int | None:
+def most_rows(decode_calls: int | None, rows_per_call: int, asked: int | None) -> int | None:
     """Most rows in one run of the decoder: as compiled, or as asked for if that is fewer.
 
-    Without a limit of engines (0) what is asked for decides, and without that nothing.
+    Without a limit of engines what is asked for decides, and without that nothing.
     """
-    return min(filter(None, (asked, decode_calls * rows_per_call)), default=None)
+    compiled = decode_calls and decode_calls * rows_per_call
+    return min(filter(None, (asked, compiled)), default=None)
 
 
 def parse_span(text: str) -> Span:

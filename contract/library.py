@@ -12,6 +12,8 @@ _LIBRARIES = {
     "tensorrt": (("tensorrt",), "tensorrt"),
 }
 TENSORRT_BACKENDS = tuple(_LIBRARIES)
+#: What runs engines.
+BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
 
 
 @cache

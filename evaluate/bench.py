@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encache.evaluate.contenders import Contender
+from encache.evaluate.fidelity import psnr
 from encache.progress import progress
-from encache.runtime.compare import psnr
-from encache.runtime.contenders import Contender
-from encache.runtime.pipeline import EncachePipeline
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Row:
         gflop: counted arithmetic of the UNet per picture.
         tflops: that arithmetic over the whole time, text encoder and image decoder included.
         share_of_peak: `tflops` over what one large matrix product reaches here.
-        parts: seconds of a batch inside "encode_text", "encode", "decode" and "decode_latents",
-            and "outside" of them, in a run of its own that no CUDA graph hides.
+        parts: seconds of a batch inside "texts", "denoise", "encode", "decode" and "codec", and
+            "outside" of them, in a run of its own that no CUDA graph hides.
         peak_bytes: PyTorch's GPU memory at most, whatever all contenders keep included; the
             weights and scratch memory of other libraries are not.
     """
@@ -179,34 +178,29 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best / 1e12
 
 
-class TimedEngines:
-    """Engines that note the seconds spent in each of their methods, on the device's own clock."""
+class Stopwatch:
+    """Notes the seconds spent in functions, on the device's own clock."""
 
-    capturable = False  # a replayed graph shows nothing of its inside
-
-    def __init__(self, engines: Any) -> None:
-        self._engines = engines
+    def __init__(self) -> None:
         self._marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._engines, name)
-        if not callable(attribute):
-            return attribute
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time is noted under a name."""
 
-        def timed(*arguments: Any) -> Any:
+        def run(*arguments: Any) -> Any:
             start = _mark()
-            result = attribute(*arguments)
+            result = function(*arguments)
             self._marks[name].append((start, _mark()))
             return result
 
-        return timed
+        return run
 
     def reset(self) -> None:
         """Forget what was noted."""
         self._marks.clear()
 
     def seconds(self) -> dict[str, float]:
-        """By method."""
+        """By name."""
         _now()  # events are read when they are over
         return {
             name: sum(_between(start, stop) for start, stop in marks)
@@ -214,20 +208,44 @@ class TimedEngines:
         }
 
 
+class _Timed:
+    """An object some of whose methods are timed."""
+
+    capturable = False  # a replayed graph shows nothing of its inside
+
+    def __init__(self, inner: Any, watch: Stopwatch, **names: str) -> None:
+        self._inner = inner
+        self._timed = {
+            method: watch.timed(name, getattr(inner, method)) for method, name in names.items()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return self._timed.get(name) or getattr(self._inner, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._timed["__call__"](*arguments)
+
+
 def _parts(contender: Contender, prompt: str, noise: Tensor) -> dict[str, float] | None:
     """Where a batch's seconds go, in a run of its own; what no engine spends is "outside"."""
     pipeline = contender.pipeline
     if pipeline is None or contender.call is None:
         return None
-    engines = TimedEngines(pipeline.engines)
-    watched = EncachePipeline(engines, pipeline.tokenizer, pipeline.scheduler, pipeline.spec)
+    watch = Stopwatch()
+    watched = pipeline.with_parts(
+        engines=_Timed(
+            pipeline.engines, watch, denoise="denoise", encode="encode", decode="decode"
+        ),
+        texts=_Timed(pipeline.texts, watch, __call__="texts"),
+        codec=_Timed(pipeline.codec, watch, decode="codec"),
+    )
     watched.set_progress_bar_config(disable=True)
     for _ in range(2):  # the first warms up
-        engines.reset()
+        watch.reset()
         start = _now()
         watched(prompt, latents=noise, num_images_per_prompt=len(noise), **contender.call)
         total = _now() - start
-    inside = engines.seconds()
+    inside = watch.seconds()
     return {**inside, "outside": total - sum(inside.values())}
 
 

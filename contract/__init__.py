@@ -1,0 +1,1 @@
+"""What an engine folder is: export writes it, runtime reads it."""

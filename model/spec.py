@@ -1,0 +1,128 @@
+"""What a model's tensors and pictures are like, and where it may be cut; needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, get_args
+
+from encache.errors import CheckpointError, EncacheError
+
+#: Where the denoiser is cut: nowhere, after the mid block, or after up_blocks[0], [1] or [2].
+Cut = Literal["none", "mid", "up0", "up1", "up2"]
+CUTS: tuple[Cut, ...] = get_args(Cut)
+#: The whole denoiser is one engine; what is cached is its output.
+NO_CUT: Cut = "none"
+#: Where there are features, which can be cached or trained.
+FEATURE_CUTS: tuple[Cut, ...] = tuple(cut for cut in CUTS if cut != NO_CUT)
+#: The cheapest, and with the default blend the nearest to the full sampler (docs/study.md).
+DEFAULT_CUT: Cut = NO_CUT
+
+#: A number, or a product of numbers and of sizes by name, such as "B", "h/4", "K*B"; quotients are
+#: rounded up, as a model does that halves odd sides.
+Dimension = int | str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor whose sizes may be free.
+
+    Attributes:
+        name: in graphs, engines and tables.
+        shape: its dimensions.
+        dtype: "model" for the model's own, or "float32", or "int64".
+        values: what it usually holds: normal numbers of this standard deviation, or whatever lies
+            between two bounds.
+    """
+
+    name: str
+    shape: tuple[Dimension, ...]
+    dtype: str = "model"
+    values: float | tuple[float, float] = 1.0
+
+    def size(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the free sizes are these."""
+        return tuple(_measure(dimension, sizes) for dimension in self.shape)
+
+
+def _measure(dimension: Dimension, sizes: Mapping[str, int]) -> int:
+    if isinstance(dimension, int):
+        return dimension
+    factors = (factor.partition("/") for factor in dimension.split("*"))
+    return prod(
+        -(-(int(name) if name.isdecimal() else sizes[name]) // int(divisor or 1))
+        for name, _, divisor in factors
+    )
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What goes into a graph and what comes out, in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How pictures and latents relate in one model.
+
+    Attributes:
+        channels: latent channels.
+        sample_size: default latent (height, width).
+        downscale: picture pixels per latent pixel and side.
+        scaling_factor: latents = encoded picture * scaling_factor.
+    """
+
+    channels: int
+    sample_size: tuple[int, int]
+    downscale: int
+    scaling_factor: float
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Default picture (height, width) in pixels."""
+        height, width = self.sample_size
+        return height * self.downscale, width * self.downscale
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent height and width of a picture's, which default to the model's own."""
+        default_height, default_width = self.picture_size
+        height, width = height or default_height, width or default_width
+        return height // self.downscale, width // self.downscale
+
+    @classmethod
+    def of(cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> "ImageSpec":
+        """Read it from the configs of a diffusers UNet and autoencoder.
+
+        Raises:
+            CheckpointError: the UNet's does not say for which size it was trained.
+        """
+        size = unet_config["sample_size"]
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if len(sides) != 2:
+            raise CheckpointError(
+                "The UNet's config.json does not say its sample_size, the latent size it was "
+                'trained for. Add it there, for example "sample_size": 64.'
+            )
+        return cls(
+            channels=unet_config["in_channels"],
+            sample_size=sides,
+            downscale=cls.downscale_of(vae_config),
+            scaling_factor=vae_config["scaling_factor"],
+        )
+
+    @staticmethod
+    def downscale_of(vae_config: Mapping[str, Any]) -> int:
+        """Picture pixels per latent pixel and side of a diffusers autoencoder."""
+        levels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
+        return 2 ** (len(levels) - 1)
+
+
+def check_size(*sides: int) -> None:
+    """Raise EncacheError unless every side of a picture is a multiple of 8 pixels."""
+    for side in sides:
+        if side % 8 or side < 8:
+            raise EncacheError(
+                f"Height and width must be multiples of 8, not {side}: try {max(8, side // 8 * 8)}."
+            )
