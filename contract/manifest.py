@@ -17,7 +17,7 @@ from typing import Any
 from encache.contract.target import Target
 from encache.errors import EngineError
 from encache.files import parse_json
-from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint
+from encache.model.checkpoint import Checkpoint
 from encache.model.preset import UNSAID, Preset, parse_preset
 from encache.model.spec import Cut, GraphSpec, ImageSpec, TensorSpec
 
@@ -86,9 +86,10 @@ class Manifest:
         parity: relative error of each graph against PyTorch eager at build.
         parity_tolerance: the largest that was accepted.
         build_seconds: how long the build took.
-        scratch_bytes: GPU memory that each TensorRT engine needs beside its weights.
         guidance_scale: the model's default.
-        preset: how else the model wants to be sampled; folders of an older encache have none.
+        scratch_bytes: GPU memory that each TensorRT engine needs beside its weights.
+        preset: how else the model wants to be sampled.
+        empty_is_zero: whether no negative prompt means zeros, as for Stable Diffusion XL.
     """
 
     name: str
@@ -99,9 +100,10 @@ class Manifest:
     parity: Mapping[str, float]
     parity_tolerance: float
     build_seconds: float
+    guidance_scale: float
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
-    guidance_scale: float = GUIDANCE_SCALE
     preset: Preset = UNSAID
+    empty_is_zero: bool = False
 
     @property
     def features(self) -> tuple[TensorSpec, ...]:

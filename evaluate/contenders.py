@@ -69,7 +69,7 @@ class Task:
     height: int | None
     width: int | None
     policies: Mapping[str, Policy]
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
 
     @property
     def call(self) -> dict[str, Any]:

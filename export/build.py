@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -32,12 +32,11 @@ from encache.contract.target import Target
 from encache.errors import EncacheError, EngineError
 from encache.files import naming
 from encache.model.checkpoint import Checkpoint
+from encache.model.family import family_of
 from encache.model.loading import load_pipeline
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut, GraphSpec, ImageSpec
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
     from encache.export.trt import Shapes
 
 #: Largest accepted ||graph - eager|| / ||eager||, by dtype. fp32 graphs differ by reordered sums,
@@ -184,6 +183,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         scratch_bytes=scratch_bytes,
         guidance_scale=request.checkpoint.guidance_scale,
         preset=request.checkpoint.preset,
+        empty_is_zero=exported.empty_is_zero,
     )
     manifest.write(folder)
 
@@ -196,12 +196,14 @@ class _Exported:
         graphs, spec: as in the manifest.
         parity: relative error of each graph.
         shapes: of each graph's inputs, for engines with a target.
+        empty_is_zero: as in the manifest.
     """
 
     graphs: tuple[GraphSpec, ...]
     spec: ImageSpec
     parity: dict[str, float]
     shapes: "dict[str, dict[str, Shapes]]"
+    empty_is_zero: bool
 
 
 def _export(request: Request, folder: Path, report: Report) -> _Exported:
@@ -245,6 +247,7 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
             if target
             else {}
         ),
+        empty_is_zero=bool(pipeline.config.get("force_zeros_for_empty_prompt")),
     )
 
 
@@ -277,9 +280,11 @@ def _compile(
     return scratch_bytes
 
 
-def _write_companions(pipeline: "StableDiffusionPipeline", folder: Path) -> None:
-    """Tokenizer, scheduler and index, as in a diffusers folder."""
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+def _write_companions(pipeline: Any, folder: Path) -> None:
+    """Tokenizers, scheduler and index, as in a diffusers folder."""
+    tokenizers = {name: getattr(pipeline, name) for name in family_of(pipeline).tokenizers}
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
     # As the checkpoint wrote it: what it left out is each solver's own default, here as there.
     left_out = {"_use_default_values", *pipeline.scheduler.config.get("_use_default_values", ())}
     pipeline.scheduler.save_pretrained(folder / "scheduler")
@@ -293,6 +298,6 @@ def _write_companions(pipeline: "StableDiffusionPipeline", folder: Path) -> None
     index = {
         "_class_name": "EncachePipeline",
         "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
-        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+        **{name: ["transformers", type(one).__name__] for name, one in tokenizers.items()},
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -167,13 +167,12 @@ class _Picture(nn.Module):
 
 def _picture_graph(vae: Any) -> Graph:
     # A sampler's latents, divided by the scaling factor, are several times unit noise.
+    dtype = "float32" if vae.dtype == torch.float32 else "model"  # which some overflow in fp16
     latents = TensorSpec(
-        "latents",
-        ("B", vae.config.latent_channels, "h", "w"),
-        values=1 / vae.config.scaling_factor,
+        "latents", ("B", vae.config.latent_channels, "h", "w"), dtype, 1 / vae.config.scaling_factor
     )
     scale = ImageSpec.downscale_of(vae.config)
-    picture = TensorSpec("picture", ("B", 3, f"{scale}*h", f"{scale}*w"))
+    picture = TensorSpec("picture", ("B", 3, f"{scale}*h", f"{scale}*w"), dtype)
     module = _ByName(_Picture(vae), lambda run, tensors: run(tensors["latents"]))
     return Graph(GraphSpec("vae_decoder", (latents,), (picture,)), module, vae.dtype)
 

@@ -79,8 +79,9 @@ def _unet(unet: Any) -> Backbone:
         embedded_ids = 6 * config.addition_time_embed_dim
         pooled = config.projection_class_embeddings_input_dim - embedded_ids
         conditions += [
-            TensorSpec("pooled_text", ("B", pooled)),
-            TensorSpec("time_ids", ("B", 6), values=(0, 1024)),
+            # In fp32, because sizes beyond 2048 have no place in fp16, and both are joined.
+            TensorSpec("pooled_text", ("B", pooled), "float32"),
+            TensorSpec("time_ids", ("B", 6), "float32", (0, 1024)),
         ]
     downs = [f"down_blocks.{index}" for index in range(len(unet.down_blocks))]
     ups = [f"up_blocks.{index}" for index in range(len(unet.up_blocks))]

@@ -16,6 +16,7 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
+from encache.model.family import FAMILIES, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
 from encache.model.lora import Lora, find_lora
 from encache.model.preset import PRESET_KEY, UNSAID, Preset
 from encache.model.spec import DEFAULT_CUT, Cut
@@ -31,18 +32,12 @@ from encache.model.weights import (
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INDEX = "model_index.json"
-#: The parts of a diffusers folder that reach an image; a safety checker does not.
-_WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
-_PARTS = ("scheduler", "tokenizer", *_WEIGHTED_PARTS)
-_SUPPORTED = (
-    "encache runs text-to-image checkpoints of Stable Diffusion 1.x and 2.x "
-    "(StableDiffusionPipeline)."
+_SUPPORTED = "encache runs text-to-image checkpoints: " + ", ".join(
+    f"{family.title} ({family.pipeline})" for family in FAMILIES.values()
 )
 #: Tensors by which some trainers say that a UNet predicts v, on a schedule without final signal.
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 MARKS = (_V_PREDICTION, _ZERO_SNR)
-#: Of a model that does not name its own, as in diffusers.
-GUIDANCE_SCALE = 7.5
 
 #: The name by which a UNet's header refers to the model that ships with encache.
 DEFAULT_MODEL_NAME = "encache/emoji"
@@ -72,6 +67,7 @@ class Checkpoint:
         prediction: prediction_type that the weights' header names; None leaves the folder's.
         zero_snr: whether they were trained on a schedule that ends without signal.
         preset: how UNet weights alone want to be sampled, as far as their header says.
+        family: the pipelines that it belongs to.
     """
 
     folder: Path | None
@@ -83,6 +79,7 @@ class Checkpoint:
     prediction: str | None = None
     zero_snr: bool = False
     preset: Preset = UNSAID
+    family: Family = STABLE_DIFFUSION
 
     @property
     def name(self) -> str:
@@ -112,7 +109,13 @@ class Checkpoint:
     @property
     def base(self) -> "Checkpoint":
         """The model that UNet weights alone complete, with the same LoRAs and autoencoder."""
-        return Checkpoint(self.folder, loras=self.loras, vae=self.vae, variant=self.variant)
+        return Checkpoint(
+            self.folder,
+            loras=self.loras,
+            vae=self.vae,
+            variant=self.variant,
+            family=self.family,
+        )
 
     @property
     def index(self) -> Mapping[str, Any]:
@@ -127,7 +130,7 @@ class Checkpoint:
         """
         if self.preset.guidance_scale is not None:
             return float(self.preset.guidance_scale)
-        scale = self.index.get("_guidance_scale", GUIDANCE_SCALE)
+        scale = self.index.get("_guidance_scale", self.family.guidance_scale)
         if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise CheckpointError(f"{self.folder}: _guidance_scale is no number ({scale!r}).")
         return float(scale)
@@ -146,13 +149,13 @@ class Checkpoint:
         """Every file of the model that determines an image, in a stable order."""
         if self.folder:
             yield self.folder / _INDEX
-            for part in _PARTS:
+            for part in self.family.parts:
                 folder = self.vae if part == "vae" and self.vae else self.folder / part
                 # What diffusers reads: not the variants that may lie beside it.
                 for file in sorted(folder.rglob("*")):
                     if file.suffix in {".json", ".txt"} and not file.name.startswith("."):
                         yield file
-                if part in _WEIGHTED_PARTS:
+                if part in self.family.weighted:
                     yield from weight_files(folder, choose_variant([folder], self.variant))
         if self.weights:
             yield self.weights
@@ -249,12 +252,18 @@ def _find_file(
 ) -> Checkpoint:
     """A safetensors file by its tensors' names, completed by its base."""
     if any(name.startswith("model.diffusion_model.") for name in names):
-        _refuse_other_families(path, names)
+        family = _family_of_file(path, names)
         if base:
-            return replace(_find_folder(base, variant), weights=path)
+            found = _find_folder(base, variant)
+            if found.family != family:
+                raise CheckpointError(
+                    f"{path} is {family.title}, and {base} is {found.family.title}: give another "
+                    "--base."
+                )
+            return replace(found, weights=path)
         if variant:
             raise CheckpointError(f"{path} is one file and has no variants: leave out --variant.")
-        return Checkpoint(None, path)
+        return Checkpoint(None, path, family=family)
     if not {"conv_in.weight", "conv_out.weight"} <= set(names):
         lora = any("lora" in name for name in names)
         raise CheckpointError(
@@ -286,16 +295,19 @@ def _prediction(names: Collection[str], metadata: Mapping[str, str]) -> str | No
     return "epsilon" if said == "epsilon" or trained_by_kohya == "false" else None
 
 
-def _refuse_other_families(path: Path, names: Collection[str]) -> None:
-    """Raise CheckpointError for single files whose denoiser or text encoder is another kind."""
-    marks = {
-        "conditioner.embedders.": "Stable Diffusion XL",
+def _family_of_file(path: Path, names: Collection[str]) -> Family:
+    """The family of a single file by its tensors' names; or raise CheckpointError."""
+    others = {
         "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
         "model.diffusion_model.double_blocks.": "Flux",
     }
-    for mark, family in marks.items():
+    for mark, title in others.items():
         if any(name.startswith(mark) for name in names):
-            raise CheckpointError(f"{path} is {family}; {_SUPPORTED}")
+            raise CheckpointError(f"{path} is {title}; {_SUPPORTED}.")
+    # Pruned files lack their text encoders; only XL embeds a label of sizes.
+    marks = ("conditioner.embedders.", "model.diffusion_model.label_emb.")
+    is_xl = any(name.startswith(marks) for name in names)
+    return STABLE_DIFFUSION_XL if is_xl else STABLE_DIFFUSION
 
 
 def _find_folder(folder: str | Path, variant: str) -> Checkpoint:
@@ -306,11 +318,11 @@ def _find_folder(folder: str | Path, variant: str) -> Checkpoint:
         raise CheckpointError(f"There is no diffusers folder at {path}. Check the path.")
     if not (path / _INDEX).is_file():
         raise CheckpointError(f"{path} is not a diffusers folder: it holds no {_INDEX}.")
-    _refuse_unusable(path)
-    chosen = choose_variant([path / part for part in _WEIGHTED_PARTS], variant)
+    family = _family_of_folder(path)
+    chosen = choose_variant([path / part for part in family.weighted], variant)
     if variant and chosen != variant:
         raise CheckpointError(f"{path} has no weights of the variant {variant}.")
-    return Checkpoint(path, variant=chosen)
+    return Checkpoint(path, variant=chosen, family=family)
 
 
 def _read_index(folder: Path) -> Mapping[str, Any]:
@@ -324,11 +336,14 @@ def _read_index(folder: Path) -> Mapping[str, Any]:
     return index
 
 
-def _refuse_unusable(path: Path) -> None:
+def _family_of_folder(path: Path) -> Family:
+    """The family of a diffusers folder that is complete; or raise CheckpointError."""
     index = _read_index(path)
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise CheckpointError(f"{path} is a {index.get('_class_name')}; {_SUPPORTED}")
-    for part in _PARTS:
+    name = index.get("_class_name")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise CheckpointError(f"{path} is a {name}; {_SUPPORTED}.")
+    for part in family.parts:
         match index.get(part):
             case ["diffusers" | "transformers", str()]:
                 pass
@@ -341,8 +356,9 @@ def _refuse_unusable(path: Path) -> None:
                 raise CheckpointError(f"{path} is incomplete: its {_INDEX} names no {part}.")
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} is incomplete: it holds no {part} folder.")
-    for part in _WEIGHTED_PARTS:
+    for part in family.weighted:
         refuse_without_safetensors(path / part)
+    return family
 
 
 def _find_vae(vae: str | Path) -> Path:

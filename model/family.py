@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from encache.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -72,3 +74,16 @@ STABLE_DIFFUSION_XL = Family(
 )
 #: By the class of the diffusers pipeline.
 FAMILIES = {one.pipeline: one for one in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a diffusers pipeline.
+
+    Raises:
+        CheckpointError: it belongs to none.
+    """
+    for one in type(pipeline).__mro__:
+        if one.__name__ in FAMILIES:
+            return FAMILIES[one.__name__]
+    known = ", ".join(f"a {family.pipeline} ({family.title})" for family in FAMILIES.values())
+    raise CheckpointError(f"This is a {type(pipeline).__name__}; encache runs {known}.")

@@ -1,6 +1,6 @@
 """A checkpoint opened as diffusers opens it: all of it, or only what its configs say.
 
-Everything goes through StableDiffusionPipeline's own constructor, which repairs old configs
+Everything goes through the diffusers pipeline's own constructor, which repairs old configs
 (steps_offset, clip_sample, sample_size), so that whoever asks gets the same answer.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from encache.errors import CheckpointError
 from encache.files import parse_json
 from encache.model.checkpoint import MARKS, Checkpoint
+from encache.model.family import tokenizer_of
 from encache.model.lora import fuse
 from encache.model.preset import PRESET_KEY
 from encache.model.spec import ImageSpec
@@ -21,7 +22,6 @@ from encache.model.weights import choose_variant, read_header, reason_of
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,13 @@ def read_outline(checkpoint: Checkpoint) -> Outline:
         raise CheckpointError(f"{checkpoint.weights} alone holds no configs: add --base.")
     try:
         scheduler_class = getattr(diffusers, checkpoint.index["scheduler"][1])
-        pipeline = diffusers.StableDiffusionPipeline(
+        family = checkpoint.family
+        pipeline = getattr(diffusers, family.pipeline)(
             unet=_configured(diffusers.UNet2DConditionModel, folder / "unet"),
             vae=_configured(getattr(diffusers, checkpoint.index["vae"][1]), folder / "vae"),
             scheduler=scheduler_class.from_pretrained(folder, subfolder="scheduler"),
-            text_encoder=None,
-            tokenizer=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **dict.fromkeys((*family.text_encoders, *family.tokenizers)),
+            **family.loading,
         )
         _set_schedule(pipeline, checkpoint)
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
@@ -86,8 +84,8 @@ def load_pipeline(
     checkpoint: Checkpoint,
     dtype: "torch.dtype | None" = None,
     device: "torch.device | str" = "cpu",
-) -> "StableDiffusionPipeline":
-    """Load the checkpoint as a StableDiffusionPipeline without safety checker.
+) -> Any:
+    """Load the checkpoint as its family's diffusers pipeline, without safety checker.
 
     Args:
         checkpoint: from `find_checkpoint`.
@@ -103,13 +101,17 @@ def load_pipeline(
     _hide_progress_bars()
     pipeline = _load(checkpoint, dtype)
     _set_schedule(pipeline, checkpoint)
-    pipeline.tokenizer = with_length(pipeline.tokenizer, pipeline.text_encoder)
+    for text_encoder in checkpoint.family.text_encoders:
+        tokenizer, module = tokenizer_of(text_encoder), getattr(pipeline, text_encoder)
+        setattr(pipeline, tokenizer, with_length(getattr(pipeline, tokenizer), module))
     if checkpoint.weights and checkpoint.holds == "unet":
         pipeline.unet.load_state_dict(unet_weights(checkpoint, pipeline.unet))
     for lora in checkpoint.loras:
         fuse(pipeline, lora)
     if checkpoint.vae:
         replace_vae(pipeline, checkpoint.vae, dtype, checkpoint.variant)
+    if dtype == torch.float16 and getattr(pipeline.vae.config, "force_upcast", False):
+        pipeline.vae.to(torch.float32)  # it says itself that it overflows in fp16
     pipeline.set_progress_bar_config(disable=True)
     if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
         pipeline.to(device)
@@ -120,52 +122,51 @@ def load_pipeline(
     return pipeline
 
 
-def _load(checkpoint: Checkpoint, dtype: "torch.dtype") -> "StableDiffusionPipeline":
+def _load(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     """The folder's pipeline, or the single file's, completed by its folder."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
+    pipeline_class = getattr(diffusers, checkpoint.family.pipeline)
     single_file = checkpoint.weights is not None and checkpoint.holds == "pipeline"
     folder = str(checkpoint.folder) if checkpoint.folder else None
     options: dict[str, Any] = {
         "dtype": dtype,
-        # Not needed for pictures, and perhaps not even loadable.
-        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
-        "requires_safety_checker": False,
+        # Without what pictures do not need, and what perhaps cannot even be loaded.
+        **checkpoint.family.loading,
         "use_safetensors": True,
     }
     try:
         if single_file:
             options |= _parts_of_the_folder(checkpoint, dtype)
-            return StableDiffusionPipeline.from_single_file(
+            return pipeline_class.from_single_file(
                 str(checkpoint.weights), config=folder, **options
             )
-        return StableDiffusionPipeline.from_pretrained(
+        return pipeline_class.from_pretrained(
             folder, local_files_only=True, variant=checkpoint.variant or None, **options
         )
     except Exception as error:  # damaged files surface as any exception of four libraries
         what = checkpoint.weights if single_file else checkpoint.folder
         hint = " If it is not complete, add --base." if single_file and not folder else ""
         raise CheckpointError(
-            f"{what} could not be loaded as Stable Diffusion: {reason_of(error)}{hint}"
+            f"{what} could not be loaded as {checkpoint.family.title}: {reason_of(error)}{hint}"
         ) from error
 
 
 def _parts_of_the_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> dict[str, Any]:
     """What a single file lacks, as pruned ones often do, from the folder that completes it."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel
+    import diffusers
+    import transformers
 
     assert checkpoint.weights
     if checkpoint.folder is None:
         return {}
     names, _ = read_header(checkpoint.weights)
     parts: dict[str, Any] = {}
-    for prefix, part, model_class in (
-        ("first_stage_model.", "vae", AutoencoderKL),
-        ("cond_stage_model.", "text_encoder", CLIPTextModel),
-    ):
+    for part, prefix in checkpoint.family.single_file.items():
         if not any(name.startswith(prefix) for name in names):
             folder = checkpoint.folder / part
+            library, class_name = checkpoint.index[part]
+            model_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
             variant = choose_variant([folder], checkpoint.variant) or None
             parts[part] = model_class.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, variant=variant
@@ -195,7 +196,7 @@ def scheduler_from_config(config: Any) -> Any:
         raise ValueError(reason_of(error)) from error
 
 
-def _own_scheduler(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -> Any:
+def _own_scheduler(pipeline: Any, checkpoint: Checkpoint) -> Any:
     """The one that the weights were trained for, or else the folder's."""
     if checkpoint.preset.scheduler is None:
         return pipeline.scheduler
@@ -208,7 +209,7 @@ def _own_scheduler(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) 
         ) from error
 
 
-def _set_schedule(pipeline: "StableDiffusionPipeline", checkpoint: Checkpoint) -> None:
+def _set_schedule(pipeline: Any, checkpoint: Checkpoint) -> None:
     """Let the scheduler hold what was repaired, and what the weights' own file says of them."""
     changes: dict[str, Any] = {}
     if checkpoint.prediction:

@@ -4,13 +4,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from encache.errors import CheckpointError
 from encache.model.weights import read_header, reason_of, refuse_pickle
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 #: Ends the name of one tensor per layer, in the formats of diffusers, peft and kohya.
 _DOWN = re.compile(r"(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight$")
@@ -52,8 +49,8 @@ def find_lora(text: str) -> Lora:
     return lora
 
 
-def fuse(pipeline: "StableDiffusionPipeline", lora: Lora) -> None:
-    """Add scale * B A to the weights of UNet and text encoder, and forget the adapter.
+def fuse(pipeline: Any, lora: Lora) -> None:
+    """Add scale * B A to the weights of UNet and text encoders, and forget the adapter.
 
     Takes the formats that diffusers takes: its own, peft's and kohya's.
 
@@ -84,7 +81,8 @@ def fuse(pipeline: "StableDiffusionPipeline", lora: Lora) -> None:
     pipeline.unload_lora_weights()
 
 
-def _count_adapted(pipeline: "StableDiffusionPipeline") -> int:
-    """How many layers of UNet and text encoder a LoRA has reached."""
-    modules = (*pipeline.unet.modules(), *pipeline.text_encoder.modules())
+def _count_adapted(pipeline: Any) -> int:
+    """How many layers of UNet and text encoders a LoRA has reached."""
+    parts = (pipeline.unet, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    modules = (module for part in parts if part is not None for module in part.modules())
     return sum(bool(getattr(module, "lora_A", None)) for module in modules)

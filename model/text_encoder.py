@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from encache.errors import EncacheError
+from encache.model.family import family_of, tokenizer_of
 from encache.model.spec import TensorSpec
 from encache.model.text import with_length
 
@@ -66,11 +67,10 @@ class TextEncoder(nn.Module):
 
 def text_encoders_of(pipeline: Any) -> tuple[TextEncoder, ...]:
     """The text encoders of a diffusers pipeline, in the order in which it joins them."""
-    second = getattr(pipeline, "text_encoder_2", None)
-    if second is None:
-        return (TextEncoder("text_encoder", pipeline.tokenizer, pipeline.text_encoder, False),)
-    encoders = [TextEncoder("text_encoder_2", pipeline.tokenizer_2, second, True)]
-    if pipeline.text_encoder is not None:
-        first = TextEncoder("text_encoder", pipeline.tokenizer, pipeline.text_encoder, True)
-        encoders.insert(0, first)
-    return tuple(encoders)
+    family = family_of(pipeline)
+    several = len(family.text_encoders) > 1
+    return tuple(
+        TextEncoder(name, getattr(pipeline, tokenizer_of(name)), module, penultimate=several)
+        for name in family.text_encoders
+        if (module := getattr(pipeline, name)) is not None
+    )

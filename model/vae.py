@@ -1,7 +1,7 @@
 """Another autoencoder in place of the checkpoint's own, such as the small AutoencoderTiny."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
@@ -10,7 +10,6 @@ from encache.model.weights import choose_variant, reason_of, refuse_without_safe
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
 
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _CONFIG = "config.json"
@@ -34,9 +33,7 @@ def check_vae(folder: Path) -> Path:
     return folder
 
 
-def replace_vae(
-    pipeline: "StableDiffusionPipeline", folder: Path, dtype: "torch.dtype", variant: str = ""
-) -> None:
+def replace_vae(pipeline: Any, folder: Path, dtype: "torch.dtype", variant: str = "") -> None:
     """Load the autoencoder, of this variant if it has it, in the place of the pipeline's.
 
     Raises:

@@ -8,6 +8,7 @@ from encache.contract.library import TENSORRT_BACKENDS
 from encache.contract.manifest import REBUILD, Manifest, read_verified
 from encache.errors import EngineError
 from encache.files import parse_json
+from encache.model.family import tokenizer_of
 from encache.model.loading import scheduler_from_config
 from encache.runtime.codec import Codec, GraphCodec
 from encache.runtime.engines import Engines, GraphEngines
@@ -47,10 +48,7 @@ def open_parts(folder: Path, manifest: Manifest) -> Parts:
         raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
     engines = GraphEngines(manifest, graphs, device, capturable=backend in TENSORRT_BACKENDS)
     names = [name for name in graphs if name.startswith("text_encoder")]
-    tokenizers = [
-        load_tokenizer(folder, manifest, name.replace("text_encoder", "tokenizer"))
-        for name in names
-    ]
+    tokenizers = [load_tokenizer(folder, manifest, tokenizer_of(name)) for name in names]
     texts = [GraphText(graphs[name], engines.dtype, engines.device) for name in names]
     codec = GraphCodec(graphs["vae_decoder"], engines.dtype)
     return Parts(engines, Texts(tokenizers, texts), codec)

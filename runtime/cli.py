@@ -17,7 +17,7 @@ from encache.contract.target import DECODE_CALLS, Span, Target, make_target, mos
 from encache.errors import CheckpointError, EncacheError
 from encache.export.options import engine_options, named_model
 from encache.files import read_lines
-from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
+from encache.model.checkpoint import Checkpoint, find_checkpoint
 from encache.model.preset import Preset
 from encache.model.spec import NO_CUT, Cut, check_size
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
@@ -58,7 +58,7 @@ def _parse_key_calls(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="One prompt per line.",
 )
-@click.option("--negative-prompt", type=Text(), default="", help="What to avoid.")
+@click.option("--negative-prompt", type=Text(), help="What to avoid.")
 @click.option(
     "--stride",
     type=click.IntRange(1),
@@ -91,7 +91,7 @@ def _parse_key_calls(
 @click.option(
     "--guidance-scale",
     type=FiniteFloat(),
-    help=f"1 or less turns it off. Default: the model's own, or {GUIDANCE_SCALE}.",
+    help="1 or less turns it off. Default: the model's own.",
 )
 @click.option(
     "--seed",
@@ -149,7 +149,7 @@ def _parse_key_calls(
 def main(
     prompts: tuple[str, ...],
     prompts_file: Path | None,
-    negative_prompt: str,
+    negative_prompt: str | None,
     stride: int | None,
     key_calls: tuple[int, ...] | Literal["paper"] | None,
     blend: Blend | None,

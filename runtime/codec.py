@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from encache.runtime.engines import Graph, run_graph
+from encache.runtime.engines import Graph, own_dtype, run_graph
 
 
 class Codec(Protocol):
@@ -35,5 +35,6 @@ class GraphCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
-        inputs = {"latents": latents.to(self._dtype)}
+        (spec,) = self._graph.spec.inputs
+        inputs = {"latents": latents.to(own_dtype(spec, self._dtype))}
         return run_graph(self._graph, inputs, self._dtype, B=batch, h=height, w=width)["picture"]

@@ -56,15 +56,6 @@ class HonestAttributes:
         super().__setattr__(name, value)
 
 
-def refuse_other_pipelines(pipeline: Any) -> None:
-    """Raise EncacheError unless it is diffusers' text-to-image pipeline of Stable Diffusion."""
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise EncacheError(
-            f"This is a {type(pipeline).__name__}; encache runs a StableDiffusionPipeline, the "
-            "text-to-image pipeline of Stable Diffusion 1.x and 2.x."
-        )
-
-
 def refuse_loading_options(options: Mapping[str, Any]) -> None:
     """Raise EncacheError for options of diffusers' from_pretrained that would be ignored."""
     for name, value in options.items():

@@ -26,7 +26,8 @@ from encache.export.build import (
     find_covering_engines,
     find_engines,
 )
-from encache.model.checkpoint import GUIDANCE_SCALE, Checkpoint, find_checkpoint
+from encache.model.checkpoint import Checkpoint, find_checkpoint
+from encache.model.family import family_of
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID, Preset
 from encache.model.spec import DEFAULT_CUT, Cut, ImageSpec, check_size
@@ -35,13 +36,20 @@ from encache.progress import progress
 from encache.runtime.backends import Parts, load_scheduler, open_parts
 from encache.runtime.blend import Blend
 from encache.runtime.codec import TorchCodec
-from encache.runtime.engines import TorchEngines
+from encache.runtime.conditions import (
+    Prompt,
+    Prompts,
+    Sizes,
+    encode_prompts,
+    refuse_unread,
+    time_ids,
+)
+from encache.runtime.engines import TorchEngines, own_dtype
 from encache.runtime.guidance import make_guide
 from encache.runtime.habits import (
     HonestAttributes,
     refuse_call_options,
     refuse_loading_options,
-    refuse_other_pipelines,
 )
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.replay import Replay
@@ -50,13 +58,10 @@ from encache.runtime.settings import resolve
 from encache.runtime.text import Texts, TorchText
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
     from encache.runtime.solver import Scheduler
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[str]
 Callback = Callable[["EncachePipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -74,6 +79,7 @@ class EncachePipeline(HonestAttributes):
         spec: how pictures and latents relate.
         guidance_scale: the model's default.
         preset: how else the model wants to be sampled, unless asked otherwise.
+        empty_is_zero: whether no negative prompt means zeros, as for Stable Diffusion XL.
     """
 
     #: Setting it in a callback stops the run after that call, as in diffusers.
@@ -86,14 +92,16 @@ class EncachePipeline(HonestAttributes):
         parts: Parts,
         scheduler: "Scheduler",
         spec: ImageSpec,
-        guidance_scale: float = GUIDANCE_SCALE,
+        guidance_scale: float,
         preset: Preset = UNSAID,
+        empty_is_zero: bool = False,
     ) -> None:
         self.engines, self.texts, self.codec = parts
         self.scheduler = scheduler
         self.spec = spec
         self.default_guidance_scale = guidance_scale
         self.preset = preset
+        self.empty_is_zero = empty_is_zero
         self.image_processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
         self._progress_bar_config: dict[str, Any] = {}
         self._kept: tuple[Any, tuple[Sampling, Replay | None]] | None = None
@@ -111,6 +119,7 @@ class EncachePipeline(HonestAttributes):
             self.spec,
             self.default_guidance_scale,
             self.preset,
+            self.empty_is_zero,
         )
 
     @property
@@ -145,7 +154,7 @@ class EncachePipeline(HonestAttributes):
     @classmethod
     def from_pipe(
         cls,
-        pipeline: "StableDiffusionPipeline",
+        pipeline: Any,
         cut: Cut = DEFAULT_CUT,
         *,
         capturable: bool = False,
@@ -153,15 +162,15 @@ class EncachePipeline(HonestAttributes):
         """Wrap a diffusers pipeline; its modules are shared, not copied or changed.
 
         Args:
-            pipeline: what to wrap.
+            pipeline: a diffusers pipeline, such as StableDiffusionPipeline.
             cut: where its UNet is cut.
             capturable: on a GPU, run equal calls as a CUDA graph from the second on. It does not
                 follow later changes of the pipeline's modules, such as a LoRA.
 
         Raises:
-            EncacheError: it is no StableDiffusionPipeline, or has what the cut does not carry.
+            EncacheError: encache runs no such pipeline, or it reads what encache does not carry.
         """
-        refuse_other_pipelines(pipeline)
+        family = family_of(pipeline)
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
         encoders = text_encoders_of(pipeline)
         parts = Parts(
@@ -169,7 +178,14 @@ class EncachePipeline(HonestAttributes):
             Texts([one.tokenizer for one in encoders], [TorchText(one) for one in encoders]),
             TorchCodec(pipeline.vae),
         )
-        return cls(parts, pipeline.scheduler, spec)
+        empty_is_zero = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
+        return cls(
+            parts,
+            pipeline.scheduler,
+            spec,
+            family.guidance_scale,
+            empty_is_zero=empty_is_zero,
+        )
 
     @classmethod
     def from_pretrained(
@@ -284,7 +300,14 @@ class EncachePipeline(HonestAttributes):
         folder = Path(folder)
         manifest = read_manifest(folder)
         parts, scheduler = open_parts(folder, manifest), load_scheduler(folder, manifest)
-        return cls(parts, scheduler, manifest.spec, manifest.guidance_scale, manifest.preset)
+        return cls(
+            parts,
+            scheduler,
+            manifest.spec,
+            manifest.guidance_scale,
+            manifest.preset,
+            manifest.empty_is_zero,
+        )
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, as in diffusers; `disable=True` silences it."""
@@ -323,6 +346,16 @@ class EncachePipeline(HonestAttributes):
         blend: Blend | None = None,
         prior_noise: bool | None = None,
         max_decode_batch: int | None = None,
+        prompt_2: Prompt | None = None,
+        negative_prompt_2: Prompt | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
     ) -> Any:
         """Make pictures from prompts.
 
@@ -351,6 +384,10 @@ class EncachePipeline(HonestAttributes):
                 the model's own, or every third call and straight lines through the last two.
             max_decode_batch: most rows (calls x images x guidance) in one decoder run; where memory
                 runs short, runs are split further.
+            prompt_2, negative_prompt_2, pooled_prompt_embeds, negative_pooled_prompt_embeds,
+                original_size, crops_coords_top_left, target_size, negative_original_size,
+                negative_crops_coords_top_left, negative_target_size: of Stable Diffusion XL, as in
+                diffusers.
 
         Returns:
             StableDiffusionPipelineOutput; `nsfw_content_detected` is None.
@@ -383,25 +420,45 @@ class EncachePipeline(HonestAttributes):
         settings = resolve(wished, self.preset, self.default_guidance_scale)
         if not (math.isfinite(settings.guidance_scale) and math.isfinite(guidance_rescale)):
             raise EncacheError("guidance_scale and guidance_rescale must be finite numbers.")
-        guided = settings.guidance_scale > 1
-        conditions = self._encode_prompts(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            guided,
-            clip_skip or 0,
+        refuse_unread(
+            [one.name for one in self.engines.conditions],
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+            negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size,
         )
-        conditions = {
-            name: one.to(self.engines.device, self.engines.dtype).repeat_interleave(
-                num_images_per_prompt, dim=1
-            )
-            for name, one in conditions.items()
+        texts = encode_prompts(
+            self.texts,
+            Prompts(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds),
+            Prompts(
+                negative_prompt,
+                negative_prompt_2,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+            ),
+            guided=settings.rows > 1,
+            clip_skip=clip_skip or 0,
+            empty_is_zero=self.empty_is_zero,
+        )
+        texts = {
+            name: one.repeat_interleave(num_images_per_prompt, dim=1) for name, one in texts.items()
         }
-        num_guided, num_images = conditions["text"].shape[:2]
+        num_guided, num_images = texts["text"].shape[:2]
         rows = num_guided * num_images
         with _explaining_want_of_memory(rows):
             noise = self._draw_noise(num_images, height, width, generator, latents)
+        conditions = self._complete(
+            texts,
+            Sizes(original_size, crops_coords_top_left, target_size),
+            Sizes(negative_original_size, negative_crops_coords_top_left, negative_target_size),
+            noise,
+        )
         if target := self.engines.target:
             scale = self.spec.downscale
             height, width = (side * scale for side in noise.shape[-2:])
@@ -414,7 +471,7 @@ class EncachePipeline(HonestAttributes):
             max_decode_batch=max_decode_batch,
             rows_per_call=rows,
         )
-        guidance = (settings.guidance_scale if guided else None, guidance_rescale)
+        guidance = (settings.guidance_scale if num_guided > 1 else None, guidance_rescale)
         self.num_timesteps, self._interrupt = plan.num_calls, False
         with _explaining_want_of_memory(rows):
             latents = self._sample(plan, noise, conditions, guidance, callback_on_step_end)
@@ -422,6 +479,22 @@ class EncachePipeline(HonestAttributes):
         if not return_dict:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
+
+    def _complete(
+        self, texts: Mapping[str, Tensor], wanted: Sizes, unwanted: Sizes, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """All conditions [G, n, ...] that the denoiser reads, on its device."""
+        num_guided, num_images = texts["text"].shape[:2]
+        known = {one.name: own_dtype(one, self.dtype) for one in self.engines.conditions}
+        conditions = {name: one for name, one in texts.items() if name in known}
+        if "time_ids" in known:
+            height, width = (side * self.spec.downscale for side in noise.shape[-2:])
+            conditions["time_ids"] = time_ids(
+                wanted, unwanted, (height, width), num_guided, num_images
+            )
+        if missing := sorted(known.keys() - conditions.keys()):
+            raise EncacheError(f"This model also reads {', '.join(missing)}: give that too.")
+        return {name: one.to(self.engines.device, known[name]) for name, one in conditions.items()}
 
     def _sample(
         self,
@@ -490,38 +563,6 @@ class EncachePipeline(HonestAttributes):
                 f"overflow in {self.dtype}. Try fp32, another --vae, or a lower guidance scale."
             )
         return self.image_processor.postprocess(joined, output_type=output_type)
-
-    def _encode_prompts(
-        self,
-        prompt: Prompt | None,
-        negative_prompt: Prompt | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        guided: bool,
-        clip_skip: int,
-    ) -> dict[str, Tensor]:
-        """Text conditions [G, n, ...], the negative ones first."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise EncacheError("Give either prompt or prompt_embeds.")
-        prompts = _listed(prompt)
-        if prompt is not None and not prompts:
-            raise EncacheError("The list of prompts is empty.")
-        count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
-        implied = guided and negative_prompt_embeds is None
-        negatives = _listed(negative_prompt or "") if implied else []
-        if len(negatives) == 1:
-            negatives *= count
-        # All at once: a text encoder takes hardly longer for two prompts than for one.
-        wanted = [*negatives, *prompts]
-        encoded = self.texts(wanted, clip_skip) if wanted else {}
-        positive = {name: one[len(negatives) :] for name, one in encoded.items()}
-        negative = {name: one[: len(negatives)] for name, one in encoded.items()}
-        if prompt_embeds is not None:
-            positive = {"text": prompt_embeds}
-        if negative_prompt_embeds is not None:
-            negative = {"text": negative_prompt_embeds}
-        branches = [negative, positive] if guided else [positive]
-        return {name: _stack([one[name] for one in branches]) for name in positive}
 
     def _draw_noise(
         self,
@@ -604,26 +645,3 @@ def refuse_beyond(target: Target, **asked: int | None) -> None:
                 "times two with guidance). Export them again with another --batch, --height or "
                 "--width, or export for onnxruntime, which takes any."
             )
-
-
-def _stack(branches: Sequence[Tensor]) -> Tensor:
-    """Conditions [G, n, ...] of one kind, from those of each branch of the guidance."""
-    counts = [len(one) for one in branches]
-    if len({*counts}) > 1:
-        raise EncacheError(
-            f"There are {counts[1]} prompts and {counts[0]} negative ones; give one for all, or "
-            "one each."
-        )
-    shapes = [list(one.shape[1:]) for one in branches]
-    if shapes.count(shapes[0]) < len(shapes):
-        raise EncacheError(
-            f"The prompt's embeddings are {shapes[1]} and the negative ones {shapes[0]}: make both "
-            "equally long."
-        )
-    return torch.stack(list(branches))
-
-
-def _listed(prompt: Any) -> list[Any]:
-    if prompt is None:
-        return []
-    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]

@@ -31,7 +31,9 @@ class Texts:
         self.tokenizers = tuple(tokenizers)
         self._encoders = tuple(encoders)
 
-    def __call__(self, prompts: Sequence[str], clip_skip: int = 0) -> dict[str, Tensor]:
+    def __call__(
+        self, prompts: Sequence[str], clip_skip: int = 0, second: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
         """Embeddings "text" [n, L, D] of n prompts, padded or cut to the tokenizer's length.
 
         Also "pooled_text" [n, P] where the denoiser reads it.
@@ -39,15 +41,18 @@ class Texts:
         Args:
             prompts: at least one.
             clip_skip: last layers of the text encoders to leave out.
+            second: what the text encoders behind the first are told instead.
 
         Raises:
             EncacheError: a prompt is no text, or there are fewer layers.
         """
-        _refuse_what_is_no_text(prompts)
-        encoded = [
-            encode(_tokenize(tokenizer, prompts, warn=tokenizer is self.tokenizers[0]), clip_skip)
-            for tokenizer, encode in zip(self.tokenizers, self._encoders, strict=True)
-        ]
+        _refuse_what_is_no_text([*prompts, *second])
+        encoded: list[Mapping[str, Tensor]] = []
+        for tokenizer, encode in zip(self.tokenizers, self._encoders, strict=True):
+            told = second if encoded and second else prompts
+            # Twins lose the same words.
+            token_ids = _tokenize(tokenizer, told, warn=told is second or not encoded)
+            encoded.append(encode(token_ids, clip_skip))
         joined = {**encoded[-1]}
         joined["text"] = torch.cat([one["text"] for one in encoded], dim=-1)
         return joined

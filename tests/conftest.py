@@ -6,9 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import that reads it
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from encache.model.checkpoint import find_checkpoint
 from encache.model.preset import PRESET_KEY, Preset
@@ -125,6 +132,58 @@ def make_pipeline(seed=0, **unet_changes):
 @pytest.fixture
 def pipeline():
     return make_pipeline()
+
+
+#: What makes `tiny_unet` one of Stable Diffusion XL.
+XL_UNET = {
+    "block_out_channels": (8, 16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": 16 + 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 20,
+}
+
+
+def make_xl_pipeline(seed=0):
+    """A tiny Stable Diffusion XL: two text encoders, pooled text, sizes."""
+    small = make_pipeline(seed)
+    torch.manual_seed(seed)
+    config = small.text_encoder.config
+    wide = type(config)(
+        **{**config.to_dict(), "hidden_size": 24, "projection_dim": 20, "num_hidden_layers": 3}
+    )
+    second = CLIPTextModelWithProjection(wide).eval()
+    second.get_input_embeddings().weight.data.mul_(50)
+    pipeline = StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        text_encoder_2=second,
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer,
+        unet=tiny_unet(seed, **XL_UNET),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def xl_folder(tmp_path_factory):
+    """A tiny Stable Diffusion XL in a diffusers folder; tests must not change it."""
+    folder = tmp_path_factory.mktemp("xl") / "tiny-xl"
+    make_xl_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -16,11 +18,26 @@ TOP = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    # Stable Diffusion XL's.
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+#: CLIP's names in open_clip, which trained XL's second text encoder.
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
 }
 
 
 def original_state_dict(pipeline):
-    """Tensors of a single-file checkpoint for a pipeline with Stable Diffusion 1.x's blocks."""
+    """Tensors of a single-file checkpoint for a pipeline with Stable Diffusion's blocks."""
     layers = pipeline.unet.config.layers_per_block
     unet = {
         f"model.diffusion_model.{_unet_name(name, layers)}": value.clone()
@@ -32,11 +49,32 @@ def original_state_dict(pipeline):
         for name, value in pipeline.vae.state_dict().items()
     }
     # The original checkpoints keep CLIP's own names, with the text_model. that it once had.
+    second = getattr(pipeline, "text_encoder_2", None)
+    place = "conditioner.embedders.0" if second else "cond_stage_model"
     text = {
-        "cond_stage_model.transformer.text_model." + name.removeprefix("text_model."): value.clone()
+        f"{place}.transformer.text_model." + name.removeprefix("text_model."): value.clone()
         for name, value in pipeline.text_encoder.state_dict().items()
     }
-    return unet | vae | text
+    return unet | vae | text | (_open_clip(second.state_dict()) if second else {})
+
+
+def _open_clip(state):
+    """XL's second text encoder, whose attention has its three projections in one tensor."""
+    tensors = {}
+    for name, value in state.items():
+        ours = name.removeprefix("text_model.")
+        if ".k_proj." in ours or ".v_proj." in ours:
+            continue
+        if ".q_proj." in ours:
+            parts = [state[name.replace("q_proj", f"{one}_proj")] for one in "qkv"]
+            ours = re.sub(r"self_attn\.q_proj\.(\w+)", r"attn.in_proj_\1", ours)
+            value = torch.cat(parts)
+        if ours == "text_projection.weight":
+            ours, value = "text_projection", value.T
+        for hers, theirs in OPEN_CLIP.items():
+            ours = ours.replace(hers, theirs)
+        tensors[f"conditioner.embedders.1.model.{ours}"] = value.clone().contiguous()
+    return tensors
 
 
 def _unet_name(name, layers):

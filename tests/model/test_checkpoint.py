@@ -190,7 +190,7 @@ def test_unet_of_another_architecture(model_folder, tmp_path):
 def test_other_pipeline_class(model_folder, tmp_path):
     copy = shutil.copytree(model_folder, tmp_path / "copy")
     index = json.loads((copy / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusionXLPipeline"
+    index["_class_name"] = "FluxPipeline"
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="text-to-image checkpoints"):
         find_checkpoint(copy)

@@ -243,7 +243,6 @@ def test_the_folder_completes_a_pruned_file(copied, tmp_path, lacking):
 @pytest.mark.parametrize(
     ("tensor", "family"),
     [
-        ("conditioner.embedders.0.transformer.text_model.x", "Stable Diffusion XL"),
         ("model.diffusion_model.joint_blocks.0.x", "Stable Diffusion 3"),
         ("model.diffusion_model.double_blocks.0.x", "Flux"),
     ],

@@ -8,22 +8,12 @@ from encache.errors import CheckpointError
 from encache.model.backbone import backbone_of
 from encache.model.spec import FEATURE_CUTS
 from encache.model.split import Halves, Whole, blend
-from tests.conftest import TEXT_WIDTH, tiny_unet
+from tests.conftest import TEXT_WIDTH, XL_UNET, tiny_unet
 
 FAMILIES = {
     "1.x": {},
     "2.x": {"use_linear_projection": True, "attention_head_dim": (1, 2, 3, 4)},
     "two layers": {"layers_per_block": 2},
-}
-XL = {
-    "block_out_channels": (8, 16, 32),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 1, 2),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-    "projection_class_embeddings_input_dim": 6 * 4 + 10,
 }
 
 
@@ -54,9 +44,13 @@ def test_recomposition_is_bit_exact(family, cut, size):
 @pytest.mark.parametrize("cut", ["mid", "up0", "up1"])
 @torch.no_grad()
 def test_recomposition_is_bit_exact_with_added_conditions(cut):
-    unet = tiny_unet(**XL)
-    latents, timestep, conditions = draw()
-    conditions |= {"pooled_text": torch.randn(2, 10), "time_ids": torch.rand(2, 6) * 100}
+    unet = tiny_unet(**XL_UNET)
+    latents, timestep, _ = draw()
+    conditions = {
+        "text": torch.randn(2, 5, 40),
+        "pooled_text": torch.randn(2, 20),
+        "time_ids": torch.rand(2, 6) * 100,
+    }
     halves = Halves(unet, cut)
     features = halves.encoder(latents, timestep, conditions)
     ring = [one[None] for one in features]
@@ -147,7 +141,7 @@ def test_what_crosses_the_cut_in_stable_diffusion_1_5():
 
 def test_a_cut_that_a_unet_has_not_is_refused():
     with pytest.raises(CheckpointError, match="no cut up2. Choose one of none, mid, up0, up1"):
-        Halves(tiny_unet(**XL), "up2")
+        Halves(tiny_unet(**XL_UNET), "up2")
 
 
 def test_a_denoiser_of_no_known_family_is_refused():

@@ -12,7 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
+    StableDiffusionXLImg2ImgPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
@@ -57,11 +57,12 @@ def test_the_call_has_diffusers_arguments_in_their_order():
 
 
 def test_clip_skip_leaves_out_the_last_layers(wrapped):
-    """The oracle is a text encoder that does not have them."""
+    """The oracle is a text encoder that does not have them; as in diffusers, the negative does."""
     shorter = make_pipeline()
     inner = getattr(shorter.text_encoder, "text_model", shorter.text_encoder)
     inner.encoder.layers = inner.encoder.layers[:-1]
-    expected = draw(EncachePipeline.from_pipe(shorter))
+    embeds = EncachePipeline.from_pipe(shorter).texts(["red apple"])["text"]
+    expected = draw(wrapped, None, prompt_embeds=embeds)
     assert_alike(draw(wrapped, clip_skip=1), expected)
     assert_alike(draw(wrapped, clip_skip=0), draw(wrapped))
     assert np.abs(expected - draw(wrapped)).max() > 1e-3
@@ -115,7 +116,7 @@ def test_unequal_embeddings_are_called_that(wrapped):
 
 def test_other_pipelines_are_refused(pipeline):
     parts = pipeline.components
-    xl = object.__new__(StableDiffusionXLPipeline)
+    xl = object.__new__(StableDiffusionXLImg2ImgPipeline)
     for other in (xl, StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False), None):
         with pytest.raises(EncacheError, match=f"This is a {type(other).__name__}"):
             EncachePipeline.from_pipe(other)
