@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from encache.evaluate.random_weights import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 from encache.model.arithmetic import count_arithmetic
 from encache.model.backbone import backbone_of
-from encache.model.random_weights import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 from encache.model.spec import CUTS, NO_CUT, Cut
 from encache.model.split import Halves
 

@@ -53,7 +53,7 @@ COMMON = {
 }
 #: Of FCR in the same loop: pairs up to a stride of ten apart, over the features' own size.
 REGULARISED = {"--fcr-weight": "0.1", "--fcr-form": "relative", "--fcr-stride": "10"}
-SHORT = {"--max-train-steps": "400"}
+SHORT = {"--max-train-steps": "300"}
 STUDENTS: dict[str, dict[str, str]] = {
     "one run": {"--max-train-steps": "3600"},
     "two runs": {"--max-train-steps": "3600", "--steps": "8", "--stride": "4"},

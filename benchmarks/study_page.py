@@ -62,7 +62,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def shared_table(rows: Sequence[Row]) -> str:
-    """Weights that were trained for a plan beside what as many rows of the UNet buy otherwise."""
+    """Weights that were trained for a plan beside what as many rows of the UNet buy otherwise.
+
+    Trials of a few steps have a table of their own.
+    """
     heads = ["sampler", "rows", "latent error", "PSNR", "Frechet", "precision", "recall"]
     cells = [
         (
@@ -76,8 +79,26 @@ def shared_table(rows: Sequence[Row]) -> str:
             interval(row["retrieval"]),
         )
         for row in sorted(rows, key=lambda row: -row["share"])
+        if not row["checkpoint"].startswith("short")
     ]
     return markdown([*heads, "retrieved"], cells)
+
+
+def regularised_table(rows: Sequence[Row]) -> str:
+    """Short trials with FCR in the same loop beside those without, seed by seed."""
+    found = {row["checkpoint"]: row for row in rows}
+    seeds = [name.removeprefix("short ") for name in found if re.fullmatch(r"short \d", name)]
+    cells = [
+        (
+            seed,
+            *(f"{found[name]['latent_error']['mean']:.4f}" for name in pair),
+            *(number(found[name]["frechet"]) for name in pair),
+        )
+        for seed in seeds
+        if (pair := (f"short {seed}", f"short, FCR {seed}"))[1] in found
+    ]
+    heads = ["seed", "latent error", "with FCR", "Frechet", "with FCR"]
+    return markdown(heads, cells)
 
 
 def models_table(models: Mapping[str, Sequence[Row]]) -> str:
@@ -265,7 +286,9 @@ def main() -> None:
             page = fill(page, "pictures", pictures_table(full_runs))
     page = fill(page, "features", features_table(study["features"]))
     page = fill(page, "drift", drift_table(study["drift"]))
-    page = fill(page, "one encoder run", shared_table(json.loads(SHARED.read_text())["rows"]))
+    shared = json.loads(SHARED.read_text())["rows"]
+    page = fill(page, "one encoder run", shared_table(shared))
+    page = fill(page, "FCR in the same loop", regularised_table(shared))
     PAGE.write_text(page)
 
 

@@ -1,6 +1,7 @@
 """`encache-eval`: what a cached sampler costs and saves, paired with the full one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +11,9 @@ import click
 from encache.command import Command, FiniteFloat
 from encache.contract.dtypes import DTYPES
 from encache.errors import EncacheError
+from encache.export.options import EngineDir, SizeOptions
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut
+from encache.options import option, takes
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
 from encache.runtime.schedulers import SCHEDULERS
 
@@ -25,112 +28,106 @@ if TYPE_CHECKING:
 DEFAULT_STRIDES = (3, 5, 10)
 
 
+@dataclass(frozen=True)
+class _ModelOptions:
+    """Which models are sampled, and by what."""
+
+    ckpts: tuple[str, ...] = option(
+        "--ckpt",
+        default=(),
+        multiple=True,
+        help="diffusers folder, hub id or .safetensors file; several are compared, the first one "
+        "is the reference of all. Default: the model that ships with encache.",
+    )
+    base: str | None = option(help="diffusers folder or hub id that completes .safetensors files.")
+    backend: str = option(type=click.Choice(("torch", "onnxruntime")), default="torch")
+    dtype: str = option(type=click.Choice(DTYPES), default="fp32")
+    device: str | None = option(help="Of torch. Default: a GPU where there is one.")
+
+
+@dataclass(frozen=True)
+class _SettingOptions:
+    """How they are sampled."""
+
+    steps: int = option(type=click.IntRange(1), default=50)
+    scheduler: str | None = option(
+        type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own."
+    )
+    guidance_scale: float | None = option(
+        type=FiniteFloat(), help="Default: the first model's own."
+    )
+    cuts: tuple[Cut, ...] = option(
+        "--cut", type=click.Choice(CUTS), multiple=True, default=(DEFAULT_CUT,)
+    )
+    blends: tuple[Blend, ...] = option(
+        "--blend", type=click.Choice(BLENDS), multiple=True, default=(DEFAULT_BLEND, "reuse")
+    )
+    strides: tuple[int, ...] = option(
+        "--stride",
+        default=(),
+        type=click.IntRange(2),
+        multiple=True,
+        help=f"Repeatable. Default: {', '.join(map(str, DEFAULT_STRIDES))}, as far as the calls "
+        "allow.",
+    )
+    paper_key_calls: bool = option(
+        is_flag=True, default=False, help="Also Faster Diffusion's list of key calls."
+    )
+    prior_noise: bool = option(is_flag=True, default=False, help="Also with prior noise.")
+    plain_steps: tuple[int, ...] = option(
+        default=(),
+        type=click.IntRange(1),
+        multiple=True,
+        help="Also the plain sampler with so many steps. Always: as many as each setting's "
+        "arithmetic buys.",
+    )
+    reference_steps: int | None = option(
+        type=click.IntRange(1),
+        help="Measure errors against the plain sampler with so many steps, not against --steps.",
+    )
+
+
+@dataclass(frozen=True)
+class _MeasureOptions:
+    """Which pictures are drawn, and what is measured on them."""
+
+    prompts: Path | None = option(
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="One prompt per line, or COCO's captions (.json). Default: the shipped model's own.",
+    )
+    num_images: int = option(type=click.IntRange(1), default=64)
+    batch_size: int = option(type=click.IntRange(1), default=16, help="Pictures at once.")
+    max_decode_batch: int | None = option(
+        type=click.IntRange(1),
+        help="Most rows (calls x pictures x guidance) in one decoder run; bounds memory.",
+    )
+    real: Path | None = option(
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Folder of real pictures for Frechet distance, precision, recall; with "
+        "metadata.jsonl or metadata.csv also retrieval.",
+    )
+    extractor: Literal["none", "efficientnet-lite0", "inception"] = option(
+        type=click.Choice(("none", "efficientnet-lite0", "inception")),
+        default="none",
+        help="Network whose features are compared; only inception's distance is called FID.",
+    )
+    extractor_weights: Path | None = option(
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Its weights, instead of the installed or downloaded ones.",
+    )
+    clip: str | None = option(help="CLIP for CLIPScore: folder or hub id.")
+    drift: bool = option("--drift/--no-drift", default=True)
+    grid: int = option(type=click.IntRange(0), default=8, help="Prompts shown as pictures.")
+    dry_run: bool = option(is_flag=True, default=False, help="List the settings and stop.")
+
+
 @click.command(cls=Command)
-@click.option(
-    "--ckpt",
-    "ckpts",
-    multiple=True,
-    help="diffusers folder, hub id or .safetensors file; several are compared, the first one is "
-    "the reference of all. Default: the model that ships with encache.",
-)
-@click.option("--base", help="diffusers folder or hub id that completes .safetensors files.")
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="One prompt per line, or COCO's captions (.json). Default: the shipped model's own.",
-)
-@click.option("--num-images", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
-@click.option("--scheduler", type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own.")
-@click.option(
-    "--guidance-scale",
-    type=FiniteFloat(),
-    help="Default: the first model's own.",
-)
-@click.option("--height", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
-@click.option("--width", type=click.IntRange(8), help="Pixels. Default: the model's own size.")
-@click.option(
-    "--cut",
-    "cuts",
-    type=click.Choice(CUTS),
-    multiple=True,
-    default=(DEFAULT_CUT,),
-    show_default=True,
-)
-@click.option(
-    "--blend",
-    "blends",
-    type=click.Choice(BLENDS),
-    multiple=True,
-    default=(DEFAULT_BLEND, "reuse"),
-    show_default=True,
-)
-@click.option(
-    "--stride",
-    "strides",
-    type=click.IntRange(2),
-    multiple=True,
-    help=f"Repeatable. Default: {', '.join(map(str, DEFAULT_STRIDES))}, as far as the calls allow.",
-)
-@click.option("--paper-key-calls", is_flag=True, help="Also Faster Diffusion's list of key calls.")
-@click.option("--prior-noise", is_flag=True, help="Also with prior noise.")
-@click.option(
-    "--plain-steps",
-    type=click.IntRange(1),
-    multiple=True,
-    help="Also the plain sampler with so many steps. Always: as many as each setting's "
-    "arithmetic buys.",
-)
-@click.option(
-    "--reference-steps",
-    type=click.IntRange(1),
-    help="Measure errors against the plain sampler with so many steps, not against --steps.",
-)
-@click.option(
-    "--real",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of real pictures for Frechet distance, precision, recall; with metadata.jsonl "
-    "or metadata.csv also retrieval.",
-)
-@click.option(
-    "--extractor",
-    type=click.Choice(("none", "efficientnet-lite0", "inception")),
-    default="none",
-    show_default=True,
-    help="Network whose features are compared; only inception's distance is called FID.",
-)
-@click.option(
-    "--extractor-weights",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Its weights, instead of the installed or downloaded ones.",
-)
-@click.option("--clip", help="CLIP for CLIPScore: folder or hub id.")
-@click.option(
-    "--backend",
-    type=click.Choice(("torch", "onnxruntime")),
-    default="torch",
-    show_default=True,
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
-@click.option("--device", help="Of torch. Default: a GPU where there is one.")
-@click.option(
-    "--engine-dir", type=click.Path(path_type=Path), default=Path("engines"), show_default=True
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures at once."
-)
-@click.option(
-    "--max-decode-batch",
-    type=click.IntRange(1),
-    help="Most rows (calls x pictures x guidance) in one decoder run; bounds memory.",
-)
-@click.option("--drift/--no-drift", default=True, show_default=True)
-@click.option(
-    "--grid",
-    type=click.IntRange(0),
-    default=8,
-    show_default=True,
-    help="Prompts shown as pictures.",
+@takes(
+    chosen=_ModelOptions,
+    sampling=_SettingOptions,
+    size=SizeOptions,
+    measured=_MeasureOptions,
+    place=EngineDir,
 )
 @click.option(
     "--report",
@@ -138,38 +135,13 @@ DEFAULT_STRIDES = (3, 5, 10)
     required=True,
     help="Folder for index.html, report.json and rows.csv; a repeated command goes on.",
 )
-@click.option("--dry-run", is_flag=True, help="List the settings and stop.")
 def main(
-    ckpts: tuple[str, ...],
-    base: str | None,
-    prompts: Path | None,
-    num_images: int,
-    steps: int,
-    scheduler: str | None,
-    guidance_scale: float | None,
-    height: int | None,
-    width: int | None,
-    cuts: tuple[Cut, ...],
-    blends: tuple[Blend, ...],
-    strides: tuple[int, ...],
-    paper_key_calls: bool,
-    prior_noise: bool,
-    plain_steps: tuple[int, ...],
-    reference_steps: int | None,
-    real: Path | None,
-    extractor: Literal["none", "efficientnet-lite0", "inception"],
-    extractor_weights: Path | None,
-    clip: str | None,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    engine_dir: Path,
-    batch_size: int,
-    max_decode_batch: int | None,
-    drift: bool,
-    grid: int,
+    chosen: _ModelOptions,
+    sampling: _SettingOptions,
+    size: SizeOptions,
+    measured: _MeasureOptions,
+    place: EngineDir,
     report: Path,
-    dry_run: bool,
 ) -> None:
     """Compare cached sampling with the full sampler and with fewer plain steps, at equal seeds.
 
@@ -178,111 +150,153 @@ def main(
 
     Example: encache-eval --stride 5 --cut mid --cut up2 --report runs/report
     """
-    if real and extractor == "none":
+    if measured.real and measured.extractor == "none":
         raise click.UsageError("--real needs --extractor.")
-    if device and backend != "torch":
-        raise click.UsageError(f"--device is for torch; {backend} chooses its own.")
-    if base and not any(one.endswith(".safetensors") for one in ckpts):
+    if chosen.device and chosen.backend != "torch":
+        raise click.UsageError(f"--device is for torch; {chosen.backend} chooses its own.")
+    if chosen.base and not any(one.endswith(".safetensors") for one in chosen.ckpts):
         raise click.UsageError("--base completes .safetensors files, and no --ckpt is one.")
 
     from encache.evaluate import rows
     from encache.evaluate.machine import describe_machine
-    from encache.evaluate.real import read_real
     from encache.evaluate.report import write_report
     from encache.evaluate.results import Report
-    from encache.evaluate.settings import (
-        Protocol,
-        Setting,
-        cached_settings,
-        own_setting,
-        read_prompts,
-    )
-    from encache.model.checkpoint import default_model
-    from encache.model.preset import UNSAID
-    from encache.runtime.plan import paper_key_calls as key_calls_of_paper
-    from encache.runtime.plan import strides_within
 
     if (report / "index.html").exists() and not (report / "store").is_dir():
         raise EncacheError(f"{report} holds a page of something else: choose another --report.")
-    models = _open_models(ckpts, base, backend, dtype, device, engine_dir)
-    if prompts is None and any(one.checkpoint.folder != default_model() for one in models.values()):
-        raise click.UsageError("Give --prompts; only the shipped model has its own.")
-    if guidance_scale is None:
-        guidance_scale = next(iter(models.values())).checkpoint.guidance_scale
-    texts = read_prompts(prompts or default_model() / "prompts.txt")
-    protocol = Protocol(
-        tuple(texts), num_images, guidance_scale, height, width, batch_size, max_decode_batch
-    )
-    trained_for = {
-        label: own_setting(label, model.checkpoint)
-        for label, model in models.items()
-        if model.checkpoint.preset != UNSAID
-    }
-    # Weights that were trained for one plan are drawn by it; under another they mean little.
-    fulls = [Setting(one, scheduler or "", steps) for one in models if one not in trained_for]
-    first = fulls[0]
-    model = models[first.model]
-    reference = Setting(first.model, first.scheduler, reference_steps or steps)
-    num_calls = model.plan(first).num_calls
-    cached = cached_settings(
-        fulls,
-        cuts,
-        blends,
-        strides or strides_within(DEFAULT_STRIDES, num_calls),
-        [key_calls_of_paper(num_calls)] if paper_key_calls else [],
-        [False, True] if prior_noise else [False],
-    )
-    asked = [Setting(first.model, first.scheduler, count) for count in plain_steps]
-    full_of = {full.model: full for full in fulls}
-    full_of |= {
-        label: full_of[_base_of(models[label].checkpoint, models) or first.model]
-        for label in trained_for
-    }
-    cached += trained_for.values()
-    opponents = {
-        one: rows.plain_at_equal_arithmetic(models, protocol, one, full_of[one.model])
-        for one in cached
-    }
-    listed = list(dict.fromkeys([reference, *fulls, *asked, *opponents.values(), *cached]))
-    if dry_run:
-        click.echo("\n".join(one.name for one in listed))
+    models = _open_models(chosen, place.engine_dir)
+    protocol = _protocol(models, sampling, size, measured)
+    plan = _Comparison.of(models, protocol, sampling)
+    if measured.dry_run:
+        click.echo("\n".join(one.name for one in plan.listed))
         return
-    evaluation = _open_evaluation(
-        models, protocol, report / "store", extractor, extractor_weights, clip
-    )
-    pictures = None
-    if real and evaluation.extractor:
-        default_height, default_width = model.spec.picture_size
-        size = height or default_height, width or default_width
-        pictures = read_real(real, evaluation.extractor, size, evaluation.store)
-    _measure(evaluation, listed, reference)
+    evaluation = _open_evaluation(models, protocol, report / "store", measured)
+    real = _read_real(evaluation, models[plan.first.model], measured.real, size)
+    _measure(evaluation, plan.listed, plan.reference)
     page = write_report(
         Report(
             title=f"Cached sampling of {', '.join(models)}",
             machine=describe_machine(),
-            protocol=_facts(evaluation, reference, pictures),
+            protocol=_facts(evaluation, plan.reference, real),
             rows=tuple(
                 rows.make_row(
-                    evaluation, one, reference, full_of[one.model], opponents.get(one), pictures
+                    evaluation,
+                    one,
+                    plan.reference,
+                    plan.full_of[one.model],
+                    plan.opponents.get(one),
+                    real,
                 )
-                for one in listed
+                for one in plan.listed
             ),
-            drift=evaluation.drift(first) if drift else None,
-            grid=_grid(evaluation, listed, grid),
+            drift=evaluation.drift(plan.first) if measured.drift else None,
+            grid=_grid(evaluation, plan.listed, measured.grid),
         ),
         report,
     )
     click.echo(page)
 
 
-def _open_models(
-    ckpts: Sequence[str],
-    base: str | None,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    engine_dir: Path,
-) -> "dict[str, Model]":
+def _protocol(
+    models: "dict[str, Model]",
+    sampling: _SettingOptions,
+    size: SizeOptions,
+    measured: _MeasureOptions,
+) -> "Protocol":
+    """The pictures that every setting draws."""
+    from encache.evaluate.settings import Protocol, read_prompts
+    from encache.model.checkpoint import default_model
+
+    ours = all(one.checkpoint.folder == default_model() for one in models.values())
+    if measured.prompts is None and not ours:
+        raise click.UsageError("Give --prompts; only the shipped model has its own.")
+    scale = sampling.guidance_scale
+    return Protocol(
+        tuple(read_prompts(measured.prompts or default_model() / "prompts.txt")),
+        measured.num_images,
+        next(iter(models.values())).checkpoint.guidance_scale if scale is None else scale,
+        size.height,
+        size.width,
+        measured.batch_size,
+        measured.max_decode_batch,
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What is compared with what.
+
+    Attributes:
+        first: the first model's full sampler.
+        reference: what errors are measured against.
+        listed: all settings, each once.
+        full_of: by model, the full sampler whose arithmetic is 1.
+        opponents: of each cached setting, the plain sampler at equal arithmetic.
+    """
+
+    first: "Setting"
+    reference: "Setting"
+    listed: "list[Setting]"
+    full_of: "dict[str, Setting]"
+    opponents: "dict[Setting, Setting]"
+
+    @classmethod
+    def of(
+        cls, models: "dict[str, Model]", protocol: "Protocol", sampling: _SettingOptions
+    ) -> "_Comparison":
+        from encache.evaluate.rows import plain_at_equal_arithmetic
+        from encache.evaluate.settings import Setting, cached_settings, own_setting
+        from encache.model.preset import UNSAID
+        from encache.runtime.plan import paper_key_calls, strides_within
+
+        trained_for = {
+            label: own_setting(label, model.checkpoint)
+            for label, model in models.items()
+            if model.checkpoint.preset != UNSAID
+        }
+        # Weights that were trained for one plan are drawn by it; under another they mean little.
+        solver, steps = sampling.scheduler or "", sampling.steps
+        fulls = [Setting(one, solver, steps) for one in models if one not in trained_for]
+        first = fulls[0]
+        num_calls = models[first.model].plan(first).num_calls
+        cached = cached_settings(
+            fulls,
+            sampling.cuts,
+            sampling.blends,
+            sampling.strides or strides_within(DEFAULT_STRIDES, num_calls),
+            [paper_key_calls(num_calls)] if sampling.paper_key_calls else [],
+            [False, True] if sampling.prior_noise else [False],
+        )
+        full_of = {full.model: full for full in fulls}
+        full_of |= {
+            label: full_of[_base_of(models[label].checkpoint, models) or first.model]
+            for label in trained_for
+        }
+        cached += trained_for.values()
+        opponents = {
+            one: plain_at_equal_arithmetic(models, protocol, one, full_of[one.model])
+            for one in cached
+        }
+        reference = replace(first, steps=sampling.reference_steps or steps)
+        asked = [replace(first, steps=count) for count in sampling.plain_steps]
+        listed = dict.fromkeys([reference, *fulls, *asked, *opponents.values(), *cached])
+        return cls(first, reference, list(listed), full_of, opponents)
+
+
+def _read_real(
+    evaluation: "Evaluation", model: "Model", folder: Path | None, size: SizeOptions
+) -> "Real | None":
+    """What the extractor sees in the real pictures, scaled to the size of the drawn ones."""
+    from encache.evaluate.real import read_real
+
+    if not (folder and evaluation.extractor):
+        return None
+    height, width = model.spec.picture_size
+    wanted = size.height or height, size.width or width
+    return read_real(folder, evaluation.extractor, wanted, evaluation.store)
+
+
+def _open_models(chosen: _ModelOptions, engine_dir: Path) -> "dict[str, Model]":
     """The checkpoints by labels that differ; the first is sampled in full."""
     import torch
 
@@ -291,8 +305,8 @@ def _open_models(
     from encache.model.preset import UNSAID
 
     # A folder or hub id is complete in itself, so that it can be compared with its fine-tunings.
-    bases = [base if one.endswith(".safetensors") else None for one in ckpts]
-    found = [find_checkpoint(*pair) for pair in zip(ckpts, bases, strict=True)]
+    bases = [chosen.base if one.endswith(".safetensors") else None for one in chosen.ckpts]
+    found = [find_checkpoint(*pair) for pair in zip(chosen.ckpts, bases, strict=True)]
     found = found or [find_checkpoint()]
     if found[0].preset != UNSAID:  # what it was trained from, which it is held against
         found = [found[0].base, *(one for one in found if one != found[0].base)]
@@ -301,14 +315,15 @@ def _open_models(
         name if names.count(name) == 1 else f"{name}-{index + 1}"
         for index, name in enumerate(names)
     ]
-    device = device or ("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
+    on_gpu = torch.cuda.is_available() and chosen.backend == "torch"
+    device = chosen.device or ("cuda" if on_gpu else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise click.UsageError(f"--device {device} cannot be used: {reason}") from error
-    chosen = Backend(backend, dtype, device, engine_dir)
-    return {label: Model(one, chosen) for label, one in zip(labels, found, strict=True)}
+    backend = Backend(chosen.backend, chosen.dtype, device, engine_dir)
+    return {label: Model(one, backend) for label, one in zip(labels, found, strict=True)}
 
 
 def _base_of(trained: "Checkpoint", models: "dict[str, Model]") -> str | None:
@@ -318,12 +333,7 @@ def _base_of(trained: "Checkpoint", models: "dict[str, Model]") -> str | None:
 
 
 def _open_evaluation(
-    models: "dict[str, Model]",
-    protocol: "Protocol",
-    store: Path,
-    extractor: Literal["none", "efficientnet-lite0", "inception"],
-    extractor_weights: Path | None,
-    clip: str | None,
+    models: "dict[str, Model]", protocol: "Protocol", store: Path, measured: _MeasureOptions
 ) -> "Evaluation":
     from encache.evaluate.extractors import load_clip, load_extractor
     from encache.evaluate.sampling import Evaluation
@@ -334,8 +344,10 @@ def _open_evaluation(
         models,
         protocol,
         Store(store),
-        None if extractor == "none" else load_extractor(extractor, extractor_weights, device),
-        load_clip(clip, device) if clip else None,
+        None
+        if measured.extractor == "none"
+        else load_extractor(measured.extractor, measured.extractor_weights, device),
+        load_clip(measured.clip, device) if measured.clip else None,
     )
 
 

@@ -159,7 +159,8 @@ def _load_inception(weights: Path | None, device: str) -> Extractor:
         network(torch.zeros(1, 3, 8, 8, device=device))  # a wrong file shows now, not hours later
     except (KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise _wrong_weights(path, "FID's Inception network", error) from error
-    return Extractor(f"inception-2015-12-05-{digest}", network, device)
+    name = f"inception-2015-12-05-{digest}"
+    return Extractor(name, lambda pictures: Extracted(*network(pictures)), device)
 
 
 def _download_inception() -> Path:

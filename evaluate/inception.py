@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, max_pool2d, relu
 
-from encache.evaluate.extractors import Extracted
-
 State = Mapping[str, Tensor]
 
 
@@ -36,8 +34,8 @@ class Inception:
         }
         self.classifier = state["fc.weight"].float().to(device)
 
-    def __call__(self, pictures: Tensor) -> Extracted:
-        """Features of pictures [B, 3, H, W] in [0, 1]."""
+    def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, probabilities and spatial features of pictures [B, 3, H, W] in [0, 1]."""
         x = resize_as_tensorflow_1((255 * pictures).round(), 299) / 128 - 1
         x = self._convolve(x, "Conv2d_1a_3x3", stride=2)
         x = self._convolve(x, "Conv2d_2a_3x3", pad=False)
@@ -57,7 +55,7 @@ class Inception:
         x = self._fork(x, "Mixed_7b", _average)
         x = self._fork(x, "Mixed_7c", _maximum)
         features = adaptive_avg_pool2d(x, 1).flatten(1)
-        return Extracted(features, (features @ self.classifier.T).softmax(1), spatial)
+        return features, (features @ self.classifier.T).softmax(1), spatial
 
     def _convolve(self, x: Tensor, name: str, stride: int = 1, pad: bool = True) -> Tensor:
         """Strided convolutions have no padding; others keep the size unless told otherwise."""

@@ -24,9 +24,11 @@ from encache.model.arithmetic import Arithmetic, count_arithmetic
 from encache.model.checkpoint import Checkpoint
 from encache.model.loading import load_pipeline
 from encache.model.spec import Cut, ImageSpec
+from encache.runtime.jobs import Job, draw
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.schedulers import make_scheduler
+from encache.runtime.settings import Settings
 
 if TYPE_CHECKING:
     from encache.evaluate.extractors import ClipScorer, Extracted, Extractor
@@ -124,7 +126,7 @@ class Evaluation:
         """`latents` [n, 4, h, w] float32 and `seconds` (of the whole batch) for one batch."""
         model = self.models[setting.model]
 
-        def draw() -> Arrays:
+        def sample() -> Arrays:
             pipeline = model.pipeline(setting.cut)
             if (setting.model, setting.cut) not in self._warm:
                 self._sample(
@@ -136,7 +138,7 @@ class Evaluation:
             seconds = time.perf_counter() - start
             return {"latents": latents, "seconds": np.array(seconds)}
 
-        return self.store.get(self._describe(setting, pictures), draw)
+        return self.store.get(self._describe(setting, pictures), sample)
 
     def compare(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
         """How far one batch is from the reference's: `latent_error`, `psnr`, `ssim` [n] each."""
@@ -218,26 +220,13 @@ class Evaluation:
 
     def _sample(self, pipeline: EncachePipeline, setting: Setting, pictures: range) -> np.ndarray:
         pipeline.scheduler = self.models[setting.model].scheduler(setting)
-        latents = pipeline(
-            self.protocol.prompts_of(pictures),
-            height=self.protocol.height,
-            width=self.protocol.width,
-            num_inference_steps=setting.steps,
-            guidance_scale=self.protocol.guidance_of(setting),
-            latents=self._noise(pipeline, pictures),
-            output_type="latent",
-            max_decode_batch=self.protocol.max_decode_batch,
-            **setting.policy.arguments,
-        ).images
+        size = self.protocol.height, self.protocol.width
+        prompts = self.protocol.prompts_of(pictures)
+        jobs = [Job(*one, None, *size) for one in zip(prompts, pictures, strict=True)]
+        settings = Settings(setting.steps, self.protocol.guidance_of(setting), setting.policy)
+        most = self.protocol.max_decode_batch
+        latents = draw(pipeline, jobs, settings, output_type="latent", max_decode_batch=most)
         return latents.cpu().numpy()  # waits for the device
-
-    def _noise(self, pipeline: EncachePipeline, pictures: range) -> Tensor:
-        """z [n, 4, h, w]; a picture's own seed draws its own, whatever the batch."""
-        shape = pipeline.latent_size(self.protocol.height, self.protocol.width)
-        seeds = (torch.Generator().manual_seed(index) for index in pictures)
-        return torch.stack(
-            [torch.randn(pipeline.spec.channels, *shape, generator=g) for g in seeds]
-        )
 
     def _describe(self, setting: Setting, pictures: range) -> dict[str, Any]:
         """All that determines the setting's latents, and not what their model is called."""

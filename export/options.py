@@ -1,69 +1,93 @@
-"""The options by which `encache-export` and `encache-run` name the same engines."""
+"""The options by which commands name models, engines and sizes."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from encache.command import typed_options
 from encache.contract.dtypes import DTYPES
-from encache.model.checkpoint import fast_model
-from encache.model.spec import CUTS, DEFAULT_CUT
+from encache.model.checkpoint import Checkpoint, fast_model, find_checkpoint
+from encache.model.spec import CUTS, DEFAULT_CUT, Cut, check_size
+from encache.options import option
 
-_OPTIONS = (
-    click.option(
-        "--ckpt",
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model."""
+
+    ckpt: str | None = option(
         help="diffusers folder, hub id, single-file or UNet-only .safetensors. "
-        "Default: the model that ships with encache.",
-    ),
-    click.option(
-        "--fast",
+        "Default: the model that ships with encache."
+    )
+    fast: bool = option(
         is_flag=True,
+        default=False,
         help="The default model's fine-tuned companion: one encoder run, no guidance.",
-    ),
-    click.option("--base", help="diffusers folder or hub id that completes a .safetensors file."),
-    click.option(
-        "--variant",
-        help="Of a folder's weights, such as fp16. Default: the plain ones, or what is there.",
-    ),
-    click.option(
+    )
+    base: str | None = option(help="diffusers folder or hub id that completes a .safetensors file.")
+    variant: str | None = option(
+        help="Of a folder's weights, such as fp16. Default: the plain ones, or what is there."
+    )
+    loras: tuple[str, ...] = option(
         "--lora",
-        "loras",
+        default=(),
         multiple=True,
         help="FILE.safetensors or FILE.safetensors:SCALE, fused into the weights; repeatable.",
-    ),
-    click.option(
-        "--vae",
-        help="Folder or hub id of another autoencoder, such as the small madebyollin/taesd.",
-    ),
-    click.option(
-        "--cut",
+    )
+    vae: str | None = option(
+        help="Folder or hub id of another autoencoder, such as the small madebyollin/taesd."
+    )
+
+    def find(self) -> Checkpoint:
+        """The checkpoint, not loaded yet.
+
+        Raises:
+            click.UsageError: two options name one.
+        """
+        if self.fast:
+            for name in typed_options({"ckpt", "base", "variant"}):
+                raise click.UsageError(f"--fast is a model of its own: leave out {name}.")
+        named = fast_model() if self.fast else self.ckpt
+        return find_checkpoint(named, self.base, self.loras, self.vae, self.variant)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How it is run, and where its engines are."""
+
+    cut: Cut | None = option(
         type=click.Choice(CUTS),
         show_default=f"the weights' own, or {DEFAULT_CUT}",
-        help="Where the UNet is cut; a later cut caches more of it, out caches all.",
-    ),
-    click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Default: fp32, and fp16 for TensorRT."
-    ),
-)
+        help="What is cached: the output (none), or the features at this place of the UNet.",
+    )
+    dtype: str | None = option(
+        type=click.Choice(DTYPES), help="Default: fp32, and fp16 for TensorRT."
+    )
 
 
-def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --ckpt, --fast, --base, --variant, --lora, --vae, --cut and --dtype to a command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+@dataclass(frozen=True)
+class EngineDir:
+    """Where engines are found and built."""
+
+    engine_dir: Path = option(
+        type=click.Path(path_type=Path),
+        default=Path("engines"),
+        help="Parent of the engine folders.",
+    )
 
 
-def named_model(ckpt: str | None, fast: bool) -> str | Path | None:
-    """What the running command's --ckpt or --fast names; None is the default model.
+@dataclass(frozen=True)
+class SizeOptions:
+    """How large pictures are."""
 
-    Raises:
-        click.UsageError: both name one.
-    """
-    if not fast:
-        return ckpt
-    for option in typed_options({"ckpt", "base", "variant"}):
-        raise click.UsageError(f"--fast is a model of its own: leave out {option}.")
-    return fast_model()
+    height: int | None = option(
+        type=click.IntRange(8), help="Pixels. Default: the model's own size."
+    )
+    width: int | None = option(
+        type=click.IntRange(8), help="Pixels. Default: the model's own size."
+    )
+
+    def check(self) -> None:
+        """Raise EncacheError unless they are multiples of 8."""
+        check_size(*(side for side in (self.height, self.width) if side))

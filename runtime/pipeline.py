@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,7 @@ from encache.runtime.habits import (
     refuse_call_options,
     refuse_loading_options,
 )
+from encache.runtime.memory import explaining_want_of_memory
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.replay import Replay
 from encache.runtime.sampler import Sampling
@@ -451,7 +451,7 @@ class EncachePipeline(HonestAttributes):
         }
         num_guided, num_images = texts["text"].shape[:2]
         rows = num_guided * num_images
-        with _explaining_want_of_memory(rows):
+        with explaining_want_of_memory(rows):
             noise = self._draw_noise(num_images, height, width, generator, latents)
         conditions = self._complete(
             texts,
@@ -473,7 +473,7 @@ class EncachePipeline(HonestAttributes):
         )
         guidance = (settings.guidance_scale if num_guided > 1 else None, guidance_rescale)
         self.num_timesteps, self._interrupt = plan.num_calls, False
-        with _explaining_want_of_memory(rows):
+        with explaining_want_of_memory(rows):
             latents = self._sample(plan, noise, conditions, guidance, callback_on_step_end)
             images = self.decode(latents, output_type)
         if not return_dict:
@@ -608,20 +608,6 @@ class _InterruptedError(Exception):
     def __init__(self, latents: Tensor) -> None:
         super().__init__()
         self.latents = latents
-
-
-@contextmanager
-def _explaining_want_of_memory(rows: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # PyTorch has a class of its own for a GPU's memory alone.
-        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
-            raise
-        raise EncacheError(
-            f"Memory does not hold one call of {rows} rows (pictures, times two with guidance): "
-            "make fewer or smaller pictures at once."
-        ) from error
 
 
 def _explain_not_finite(text: Tensor, sampling: Sampling) -> str:

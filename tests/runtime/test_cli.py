@@ -122,7 +122,7 @@ def test_a_repeated_command_draws_only_what_is_missing(run, tmp_path, monkeypatc
     monkeypatch.setattr(
         EncachePipeline,
         "__call__",
-        lambda self, *a, **k: drawn.append(k["num_images_per_prompt"]) or call(self, *a, **k),
+        lambda self, prompts, **k: drawn.append(len(prompts)) or call(self, prompts, **k),
     )
     assert run(*command).stdout == first
     assert drawn == [2]  # the batch that had lost one

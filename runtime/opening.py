@@ -1,0 +1,204 @@
+"""What a command is to draw with: an engine folder or a checkpoint, its settings and its plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from encache.command import typed_options
+from encache.contract.dtypes import default_dtype
+from encache.contract.library import TENSORRT_BACKENDS
+from encache.contract.manifest import Manifest, read_manifest
+from encache.contract.target import DECODE_CALLS, Target, make_target, most_rows
+from encache.errors import CheckpointError
+from encache.export.options import EngineOptions, ModelOptions, SizeOptions
+from encache.model.checkpoint import Checkpoint
+from encache.model.spec import NO_CUT, Cut
+from encache.runtime.options import KeyCalls, SamplingOptions
+from encache.runtime.settings import Settings, resolve
+
+if TYPE_CHECKING:
+    from encache.runtime.pipeline import EncachePipeline
+    from encache.runtime.plan import Plan
+    from encache.runtime.solver import Scheduler
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is to be opened: an engine folder, or a checkpoint on a backend."""
+
+    manifest: Manifest | None
+    checkpoint: Checkpoint | None
+    cut: Cut
+    dtype: str
+    backend: str
+    engine_dir: Path
+
+    @classmethod
+    def of(
+        cls,
+        one_folder: Path | None,
+        model: ModelOptions,
+        engine: EngineOptions,
+        backend: str,
+        engine_dir: Path,
+    ) -> "Opening":
+        if one_folder:
+            manifest = read_manifest(one_folder)
+            identity = manifest.identity
+            return cls(manifest, None, identity.cut, identity.dtype, backend, engine_dir)
+        checkpoint = model.find()
+        if checkpoint.folder is None and backend in TENSORRT_BACKENDS:
+            raise CheckpointError(f"{model.ckpt} alone does not say what to compile: add --base.")
+        dtype = engine.dtype or default_dtype(backend)
+        return cls(None, checkpoint, engine.cut or checkpoint.cut, dtype, backend, engine_dir)
+
+    @property
+    def model(self) -> Checkpoint | Manifest:
+        """Either knows the model's name, preset and guidance."""
+        found = self.manifest or self.checkpoint
+        assert found
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+        if self.manifest:
+            return self.manifest.identity.model
+        assert self.checkpoint
+        return self.checkpoint.fingerprint
+
+    @cached_property
+    def early(self) -> "EncachePipeline | None":
+        """A single file alone, which says nothing until it is loaded; otherwise None."""
+        alone = self.checkpoint and self.checkpoint.folder is None
+        return self._open(None) if alone else None
+
+    def scheduler(self) -> "Scheduler":
+        """The model's own."""
+        from encache.model.loading import read_outline
+        from encache.runtime.backends import load_scheduler
+
+        if self.manifest:
+            return load_scheduler(self.engine_dir, self.manifest)
+        if self.early:
+            return self.early.scheduler
+        assert self.checkpoint
+        return read_outline(self.checkpoint).scheduler
+
+    def open(self, run: "Run", size: SizeOptions) -> "EncachePipeline":
+        """Open it, building engines that are missing: of TensorRT's what the run needs, no more."""
+        target = None
+        if self.checkpoint and self.backend in TENSORRT_BACKENDS:
+            rows = (len(run.batches[-1]), len(run.batches[0]))
+            target = make_target(
+                self.checkpoint,
+                self.backend,
+                self.cut,
+                rows=(rows[0] * run.settings.rows, rows[1] * run.settings.rows),
+                decode_calls=run.plan.longest_decode,
+                height=(size.height, size.height) if size.height else None,
+                width=(size.width, size.width) if size.width else None,
+            )
+        return self.early or self._open(target)
+
+    def _open(self, target: Target | None) -> "EncachePipeline":
+        from encache.runtime.pipeline import EncachePipeline
+
+        if self.checkpoint is None:
+            return EncachePipeline.from_engines(self.engine_dir)
+        if (self.engine_dir / "model_index.json").exists():  # a folder that lost its manifest
+            read_manifest(self.engine_dir)
+        return EncachePipeline.from_checkpoint(
+            self.checkpoint,
+            cut=self.cut,
+            backend=self.backend,
+            dtype=self.dtype,
+            target=target,
+            engine_dir=self.engine_dir,
+            report=lambda line: click.echo(line, err=True),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """How pictures are sampled, in which batches of seeds, and with which plan."""
+
+    settings: Settings
+    solver: "Scheduler"
+    batches: list[Sequence[int]]
+    plan: "Plan"
+    max_decode_batch: int | None
+
+
+def resolve_run(
+    opening: Opening,
+    sampling: SamplingOptions,
+    size: SizeOptions,
+    seeds: Sequence[int],
+    batch_size: int,
+    max_decode_batch: int | None,
+) -> Run:
+    """Settle what was left open, and refuse what does not go together.
+
+    Args:
+        opening, sampling, size: what was asked for.
+        seeds: of the pictures of each prompt.
+        batch_size: most pictures at once; where engines were compiled for fewer, these.
+        max_decode_batch: most rows in one run of the decoder.
+    """
+    from encache.runtime.pipeline import refuse_beyond
+    from encache.runtime.plan import make_plan
+    from encache.runtime.schedulers import make_scheduler
+
+    if opening.cut == NO_CUT:
+        for name in typed_options({"max_decode_batch"}):
+            raise click.UsageError(f"{name} means nothing without a --cut: nothing is decoded.")
+    solver = opening.scheduler()
+    if sampling.scheduler:
+        solver = make_scheduler(sampling.scheduler, solver)
+    model = opening.model
+    settings = resolve(sampling.wished(opening.cut), model.preset, model.guidance_scale)
+    if sampling.key_calls:
+        listed = _resolve_key_calls(sampling.key_calls, solver, settings.steps)
+        settings = replace(settings, policy=replace(settings.policy, stride=None, key_calls=listed))
+    target = opening.manifest.identity.target if opening.manifest else None
+    if target:
+        batch_size = min(batch_size, max(1, target.rows[1] // settings.rows))
+    batches = _split(seeds, batch_size)
+    if target:
+        for count in {len(batch) for batch in batches}:
+            rows = count * settings.rows
+            refuse_beyond(target, rows=rows, height=size.height, width=size.width)
+    rows_per_call = len(batches[0]) * settings.rows
+    calls = _most_calls(target, opening.backend, opening.cut)
+    most = most_rows(calls, rows_per_call, max_decode_batch)
+    plan = make_plan(
+        solver,
+        settings.steps,
+        settings.policy,
+        max_decode_batch=most,
+        rows_per_call=rows_per_call,
+    )
+    return Run(settings, solver, batches, plan, most)
+
+
+def _split(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
+
+
+def _most_calls(target: Target | None, backend: str, cut: Cut) -> int | None:
+    """Most calls in a run of the decoder that is there or would be compiled; None if any number."""
+    if target:
+        return target.decode_calls
+    return DECODE_CALLS if backend in TENSORRT_BACKENDS and cut != NO_CUT else None
+
+
+def _resolve_key_calls(key_calls: KeyCalls, scheduler: "Scheduler", steps: int) -> tuple[int, ...]:
+    from encache.runtime.plan import paper_key_calls
+    from encache.runtime.solver import count_calls
+
+    return paper_key_calls(count_calls(scheduler, steps)) if key_calls == "paper" else key_calls

@@ -1,0 +1,77 @@
+"""The options by which commands say how to sample."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import click
+
+from encache.command import FiniteFloat
+from encache.model.preset import Preset
+from encache.model.spec import Cut
+from encache.options import option
+from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
+from encache.runtime.schedulers import SCHEDULERS
+from encache.runtime.settings import DEFAULT_STEPS
+
+KeyCalls = tuple[int, ...] | Literal["paper"]
+
+
+def _parse_key_calls(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> KeyCalls | None:
+    if value is None:
+        return None
+    if value == "paper":
+        return "paper"
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a list like 0,5,10 or the word paper."
+        ) from None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How pictures are sampled; what is not said is the model's own."""
+
+    stride: int | None = option(
+        type=click.IntRange(1),
+        help="Every stride-th call is a key call; 1 samples in full. Default: the weights' own, "
+        f"or {DEFAULT_STRIDE}, or the number of calls if that is less.",
+    )
+    key_calls: KeyCalls | None = option(
+        callback=_parse_key_calls,
+        help="Key calls instead, as 0,5,10, or 'paper' for Faster Diffusion's list.",
+    )
+    blend: Blend | None = option(
+        type=click.Choice(BLENDS), show_default=f"the weights' own, or {DEFAULT_BLEND}"
+    )
+    prior_noise: bool | None = option(
+        "--prior-noise/--no-prior-noise",
+        help="Inject prior noise as Faster Diffusion does. Default: as the weights want it, or "
+        "not.",
+    )
+    steps: int | None = option(
+        "--steps",
+        "--num-inference-steps",
+        type=click.IntRange(1),
+        show_default=f"the weights' own, or {DEFAULT_STEPS}",
+    )
+    scheduler: str | None = option(
+        type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own."
+    )
+    guidance_scale: float | None = option(
+        type=FiniteFloat(), help="1 or less turns it off. Default: the model's own."
+    )
+
+    def wished(self, cut: Cut) -> Preset:
+        """What is said, apart from key calls, which depend on the scheduler's number of calls."""
+        return Preset(
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            stride=self.stride,
+            blend=self.blend,
+            prior_noise=self.prior_noise,
+            cut=cut,
+        )

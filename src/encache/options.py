@@ -1,0 +1,53 @@
+"""Command-line options, written once: the fields of dataclasses, which commands share."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+from functools import wraps
+from typing import Any
+
+import click
+
+
+def option(
+    *names: str, default: Any = None, default_factory: Any = MISSING, **click_options: Any
+) -> Any:
+    """A field of a dataclass that is an option of every command that takes the dataclass.
+
+    Args:
+        names: as it is typed; by default the field's name. An option may be typed in several ways.
+        default: of the field and the option.
+        default_factory: makes it instead.
+        click_options: as for click.option; a default that is neither None, False nor () is shown.
+    """
+    made = default if default_factory is MISSING else default_factory()
+    if made is not None and made is not False and made != ():
+        click_options = {"show_default": True, **click_options}
+    return field(default=made, metadata={"names": names, "click": click_options})
+
+
+def takes(**groups: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of dataclasses to a command, which receives one value of each.
+
+    Args:
+        groups: dataclasses with `option` fields, by the names of the command's arguments.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def command(**given: Any) -> Any:
+            values = {
+                name: group(**{one.name: given.pop(one.name) for one in fields(group)})
+                for name, group in groups.items()
+            }
+            return function(**values, **given)
+
+        decorated: Callable[..., Any] = command
+        # click adds from the last to the first.
+        for group in reversed(groups.values()):
+            for one in reversed(fields(group)):
+                names = one.metadata["names"] or (f"--{one.name.replace('_', '-')}",)
+                extra = {"default": one.default, **one.metadata["click"]}
+                decorated = click.option(*names, one.name, **extra)(decorated)
+        return decorated
+
+    return decorate
