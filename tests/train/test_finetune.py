@@ -337,3 +337,12 @@ def test_a_precision_that_the_device_lacks(arguments, monkeypatch):
     result = CliRunner().invoke(main, arguments("out", "--mixed-precision", "bf16"))
     assert result.exit_code == 2
     assert "--mixed-precision bf16: bf16 mixed precision requires" in result.stderr
+
+
+def test_other_families_are_refused(arguments, xl_folder, tmp_path):
+    values = arguments("out")
+    values[values.index("--pretrained-model-name-or-path") + 1] = str(xl_folder)
+    result = CliRunner().invoke(main, values)
+    assert result.exit_code == 1
+    assert "tiny-xl is Stable Diffusion XL; training knows Stable Diffusion 1.x" in result.stderr
+    assert not (tmp_path / "out" / "fcr.safetensors").exists()
