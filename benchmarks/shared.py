@@ -56,7 +56,15 @@ REGULARISED = {"--fcr-weight": "0.1", "--fcr-form": "relative", "--fcr-stride": 
 SHORT = {"--max-train-steps": "300"}
 STUDENTS: dict[str, dict[str, str]] = {
     "one run": {"--max-train-steps": "3600"},
-    "two runs": {"--max-train-steps": "3600", "--steps": "8", "--stride": "4"},
+    # From the weights of one run, on new pictures besides.
+    "two runs": {
+        "--max-train-steps": "2000",
+        "--steps": "8",
+        "--stride": "4",
+        "--student-weights": str(fast_model()),
+        "--learning-rate": "5e-4",
+        "--num-pairs": "32000",
+    },
     **{f"short {seed}": {**SHORT, "--seed": str(seed)} for seed in SEEDS},
     **{f"short, FCR {seed}": {**SHORT, **REGULARISED, "--seed": str(seed)} for seed in SEEDS},
 }
