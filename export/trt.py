@@ -19,9 +19,8 @@ from encache.model.spec import GraphSpec, ImageSpec
 
 #: Smallest, preferred and largest shape of an input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-#: Ring slots that one blend or another uses; two is the default's.
+#: Ring slots that one blend or another uses.
 _SLOTS: Span = (1, 2)
-_PREFERRED_SLOTS = 2
 
 
 def profile(
@@ -31,22 +30,21 @@ def profile(
 
     The largest sizes are preferred: they are what the engines are asked for.
     """
-    # Negative prompts are encoded apart, and one may serve all; pictures are decoded one by one.
-    rows = {"text_encoder": (1, target.rows[1]), "vae_decoder": (1, 1)}
+    rows = target.rows
+    if graph.name.startswith("text_encoder"):  # negative prompts come apart, and one serves all
+        rows = (1, rows[1])
+    elif graph.name == "vae_decoder":  # pictures are decoded one by one
+        rows = (1, 1)
     spans: dict[str, Span] = {
-        "B": rows.get(graph.name, target.rows),
+        "B": rows,
         "K": (1, target.decode_calls or 1),
         "L": (text_length, text_length),
         "M": _SLOTS,
         "h": (target.height[0] // spec.downscale, target.height[1] // spec.downscale),
         "w": (target.width[0] // spec.downscale, target.width[1] // spec.downscale),
     }
-    smallest, largest = ({name: span[end] for name, span in spans.items()} for end in (0, 1))
-    wanted = (smallest, {**largest, "M": _PREFERRED_SLOTS}, largest)
-    least, preferred, most = wanted
-    return {
-        one.name: (one.size(least), one.size(preferred), one.size(most)) for one in graph.inputs
-    }
+    least, most = ({name: span[end] for name, span in spans.items()} for end in (0, 1))
+    return {one.name: (one.size(least), one.size(most), one.size(most)) for one in graph.inputs}
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,10 @@ def _encode_together(
     texts: Texts, unwanted: Prompts, wanted: Prompts
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     first = [*_listed(unwanted.prompt), *_listed(wanted.prompt)]
-    halves = (one.prompt_2 or one.prompt for one in (unwanted, wanted))
-    second = [prompt for half in halves for prompt in _listed(half)]
+    second: list[str] = []
+    if wanted.prompt_2 or unwanted.prompt_2:
+        for one in (unwanted, wanted):
+            second += _listed(one.prompt_2 or one.prompt)
     encoded = Prompts(first, second).encode(texts)
     stop = len(_listed(unwanted.prompt))
     negative = {name: one[:stop] for name, one in encoded.items()}

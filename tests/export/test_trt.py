@@ -25,7 +25,7 @@ from encache.model.spec import ImageSpec
 from encache.runtime import trt
 from encache.runtime.cli import main as run
 from encache.runtime.pipeline import EncachePipeline
-from tests.conftest import make_pipeline
+from tests.conftest import make_pipeline, make_xl_pipeline
 from tests.model.test_vae import tiny_autoencoder
 
 RTX = "tensorrt-rtx"
@@ -101,6 +101,17 @@ def test_profiles_follow_the_target():
     assert decoder["hidden"] == ((1, 1, 16, 8, 8), (2, 4, 16, 8, 16), (2, 4, 16, 8, 16))
     assert text["token_ids"] == ((1, 16), (4, 16), (4, 16))
     assert picture["latents"] == ((1, 4, 8, 8), (1, 4, 8, 16), (1, 4, 8, 16))
+
+
+def test_both_text_encoders_take_one_prompt_alone():
+    pipeline = make_xl_pipeline()
+    spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    target = Target("any", ("8.9",), (2, 2), None, (16, 16), (16, 16))
+    first, second = (one.spec for one in pipeline_graphs(pipeline, "none")[1:3])
+    assert [first.name, second.name] == ["text_encoder", "text_encoder_2"]
+    for graph in (first, second):
+        shapes = profile(graph, target, spec, 16)
+        assert shapes["token_ids"] == ((1, 16), (2, 16), (2, 16))
 
 
 def test_wider_engines_serve_a_narrower_request(compiled):

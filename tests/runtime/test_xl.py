@@ -80,6 +80,14 @@ def test_embeddings_may_be_given(pipeline):
         draw(ours, None, prompt_embeds=texts["text"])
 
 
+def test_lost_words_are_named_once(pipeline, caplog):
+    ours = EncachePipeline.from_pipe(pipeline)
+    draw(ours, "red apple " * 20, negative_prompt="")
+    assert caplog.text.count("is too long") == 1
+    draw(ours, "red apple " * 20, negative_prompt="", prompt_2="hot dog " * 20)
+    assert caplog.text.count("is too long") == 3
+
+
 def test_stable_diffusion_reads_none_of_it():
     ours = EncachePipeline.from_pipe(make_pipeline())
     for arguments in ({"prompt_2": "x"}, {"original_size": (8, 8)}):
