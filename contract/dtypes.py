@@ -8,6 +8,8 @@ from encache.errors import EncacheError
 if TYPE_CHECKING:
     import torch
 
+    from encache.model.spec import TensorSpec
+
 #: Ours, and torch's.
 _NAMES = {"fp32": "float32", "fp16": "float16"}
 DTYPES = tuple(_NAMES)
@@ -30,6 +32,13 @@ def dtype_name(dtype: "str | torch.dtype") -> str:
     """Our name of torch's; a name as it is."""
     names = {f"torch.{theirs}": ours for ours, theirs in _NAMES.items()}
     return names.get(str(dtype), str(dtype))
+
+
+def tensor_dtype(spec: "TensorSpec", model_dtype: "torch.dtype") -> "torch.dtype":
+    """torch's own of a tensor, where the model's is given."""
+    import torch
+
+    return model_dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
 
 
 def default_dtype(backend: str) -> str:

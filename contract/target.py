@@ -11,7 +11,7 @@ from encache.contract.library import describe_library
 from encache.errors import EngineError
 from encache.model.checkpoint import Checkpoint
 from encache.model.loading import read_outline
-from encache.model.spec import NO_CUT, Cut
+from encache.model.spec import NO_CUT, Cut, rows_per_picture
 
 #: The smallest and the largest value of a size.
 Span = tuple[int, int]
@@ -107,8 +107,8 @@ def rows_of(checkpoint: Checkpoint, pictures: Span = (1, 1)) -> Span:
     A span of pictures begins with one row for each: without guidance they come too.
     """
     least, most = pictures
-    rows_per_picture = 2 if checkpoint.guidance_scale > 1 else 1
-    return least * (rows_per_picture if least == most else 1), most * rows_per_picture
+    rows = rows_per_picture(checkpoint.guidance_scale)
+    return least * (rows if least == most else 1), most * rows
 
 
 def _longest_segment(checkpoint: Checkpoint) -> int | None:
@@ -133,6 +133,11 @@ def most_rows(decode_calls: int | None, rows_per_call: int, asked: int | None) -
     """
     compiled = decode_calls and decode_calls * rows_per_call
     return min(filter(None, (asked, compiled)), default=None)
+
+
+def exactly(size: int | None) -> Span | None:
+    """The span of one size, if there is one."""
+    return (size, size) if size else None
 
 
 def parse_span(text: str) -> Span:

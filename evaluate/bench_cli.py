@@ -9,7 +9,7 @@ import click
 from encache.command import Command, FiniteFloat, typed_options
 from encache.contract.dtypes import DTYPES, torch_dtype
 from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
-from encache.contract.target import DECODE_CALLS, make_target, rows_of
+from encache.contract.target import DECODE_CALLS, exactly, make_target, rows_of
 from encache.errors import EncacheError
 from encache.export.options import EngineDir, ModelOptions, SizeOptions
 from encache.model.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID
 from encache.model.spec import CUTS, NO_CUT, Cut
 from encache.options import option, takes
+from encache.runtime.options import strides_option
 
 if TYPE_CHECKING:
     from encache.evaluate.bench import Row
@@ -51,14 +52,7 @@ class _BenchOptions:
     cuts: tuple[Cut, ...] = option(
         "--cut", type=click.Choice(CUTS), multiple=True, default=("mid", "up2", NO_CUT)
     )
-    strides: tuple[int, ...] = option(
-        "--stride",
-        default=(),
-        type=click.IntRange(2),
-        multiple=True,
-        help=f"Repeatable. Default: {', '.join(map(str, DEFAULT_STRIDES))}, as far as the calls "
-        "allow.",
-    )
+    strides: tuple[int, ...] = strides_option(DEFAULT_STRIDES)
     paper: bool = option(is_flag=True, default=False, help="Also Faster Diffusion's key calls.")
     steps: int = option(type=click.IntRange(1), default=50)
     guidance_scale: float | None = option(type=FiniteFloat(), help="Default: the model's own.")
@@ -237,8 +231,8 @@ class _Session:
                 cut,
                 rows=rows,
                 decode_calls=decode_calls,
-                height=(size.height, size.height) if size.height else None,
-                width=(size.width, size.width) if size.width else None,
+                height=exactly(size.height),
+                width=exactly(size.width),
             )
         return EncachePipeline.from_checkpoint(
             source,

@@ -15,6 +15,7 @@ from encache.export.options import EngineDir, SizeOptions
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut
 from encache.options import option, takes
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
+from encache.runtime.options import strides_option
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -62,14 +63,7 @@ class _SettingOptions:
     blends: tuple[Blend, ...] = option(
         "--blend", type=click.Choice(BLENDS), multiple=True, default=(DEFAULT_BLEND, "reuse")
     )
-    strides: tuple[int, ...] = option(
-        "--stride",
-        default=(),
-        type=click.IntRange(2),
-        multiple=True,
-        help=f"Repeatable. Default: {', '.join(map(str, DEFAULT_STRIDES))}, as far as the calls "
-        "allow.",
-    )
+    strides: tuple[int, ...] = strides_option(DEFAULT_STRIDES)
     paper_key_calls: bool = option(
         is_flag=True, default=False, help="Also Faster Diffusion's list of key calls."
     )

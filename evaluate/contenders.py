@@ -13,7 +13,7 @@ from torch import Tensor
 from encache.errors import EncacheError
 from encache.evaluate.costs import gflop_of, steps_within
 from encache.model.arithmetic import Arithmetic, count_arithmetic
-from encache.model.spec import CUTS, NO_CUT, Cut, ImageSpec
+from encache.model.spec import CUTS, NO_CUT, Cut, ImageSpec, rows_per_picture
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
 from encache.runtime.settings import Policy, Settings
@@ -91,7 +91,7 @@ class Task:
     @property
     def rows(self) -> int:
         """Rows of the UNet per picture."""
-        return 2 if self.guidance_scale > 1 else 1
+        return rows_per_picture(self.guidance_scale)
 
     def draw_inputs(
         self, pipeline: "StableDiffusionPipeline", batch: int, seeds: Sequence[int]

@@ -11,7 +11,7 @@ from encache.errors import EncacheError
 from encache.files import read_lines, read_text
 from encache.model.checkpoint import Checkpoint
 from encache.model.preset import UNSAID
-from encache.model.spec import DEFAULT_CUT, Cut
+from encache.model.spec import DEFAULT_CUT, Cut, rows_per_picture
 from encache.runtime.blend import DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.settings import Policy, resolve
 
@@ -94,7 +94,7 @@ class Protocol:
 
     def rows_of(self, setting: Setting) -> int:
         """Rows of the UNet per picture: two with guidance."""
-        return 2 if self.guidance_of(setting) > 1 else 1
+        return rows_per_picture(self.guidance_of(setting))
 
     def prompts_of(self, pictures: range) -> list[str]:
         """Prompts of the pictures with these indices."""

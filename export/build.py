@@ -32,7 +32,7 @@ from encache.contract.target import Target
 from encache.errors import EncacheError, EngineError
 from encache.files import naming
 from encache.model.checkpoint import Checkpoint
-from encache.model.family import family_of
+from encache.model.family import empty_is_zero, family_of
 from encache.model.loading import load_pipeline
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut, GraphSpec, ImageSpec
 
@@ -247,7 +247,7 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
             if target
             else {}
         ),
-        empty_is_zero=bool(pipeline.config.get("force_zeros_for_empty_prompt")),
+        empty_is_zero=empty_is_zero(pipeline),
     )
 
 

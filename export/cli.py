@@ -20,9 +20,9 @@ from encache.contract.target import (
     rows_of,
 )
 from encache.export.build import Request, build_engines, find_engines
-from encache.export.options import EngineDir, EngineOptions, ModelOptions
+from encache.export.options import EngineDir, EngineOptions, ModelOptions, refuse_without_cut
 from encache.model.checkpoint import Checkpoint
-from encache.model.spec import NO_CUT, Cut, check_size
+from encache.model.spec import Cut, check_size
 from encache.options import option, takes
 
 
@@ -124,9 +124,7 @@ def main(
 
 def _target(checkpoint: Checkpoint, backend: str, cut: Cut, compiled: _CompileOptions) -> Target:
     check_size(*(compiled.height or ()), *(compiled.width or ()))
-    if cut == NO_CUT:
-        for name in typed_options({"decode_batch"}):
-            raise click.UsageError(f"{name} means nothing without a --cut: nothing is decoded.")
+    refuse_without_cut(cut, "decode_batch")
     capabilities = resolve_compute_capabilities(
         backend, compiled.gpus, compiled.compute_capabilities
     )

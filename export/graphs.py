@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from encache.contract.dtypes import tensor_dtype
 from encache.contract.manifest import ONNX
 from encache.model.backbone import Backbone, backbone_of
 from encache.model.spec import NO_CUT, Cut, GraphSpec, ImageSpec, TensorSpec
@@ -182,10 +183,9 @@ def _draw(
 ) -> Tensor:
     """A random tensor as its spec describes it."""
     shape = spec.size(sizes)
-    dtypes = {"model": model_dtype, "float32": torch.float32, "int64": torch.int64}
     if isinstance(spec.values, tuple):
         low, high = spec.values
         drawn = low + (high - low) * torch.rand(shape, generator=generator)
     else:
         drawn = spec.values * torch.randn(shape, generator=generator)
-    return drawn.to(dtypes[spec.dtype])
+    return drawn.to(tensor_dtype(spec, model_dtype))

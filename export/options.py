@@ -8,7 +8,7 @@ import click
 from encache.command import typed_options
 from encache.contract.dtypes import DTYPES
 from encache.model.checkpoint import Checkpoint, fast_model, find_checkpoint
-from encache.model.spec import CUTS, DEFAULT_CUT, Cut, check_size
+from encache.model.spec import CUTS, DEFAULT_CUT, NO_CUT, Cut, check_size
 from encache.options import option
 
 
@@ -64,6 +64,12 @@ class EngineOptions:
     dtype: str | None = option(
         type=click.Choice(DTYPES), help="Default: fp32, and fp16 for TensorRT."
     )
+
+
+def refuse_without_cut(cut: Cut, name: str) -> None:
+    """Raise click.UsageError if this option was typed, and the denoiser is whole."""
+    for typed in typed_options({name}) if cut == NO_CUT else ():
+        raise click.UsageError(f"{typed} means nothing without a --cut: nothing is decoded.")
 
 
 @dataclass(frozen=True)

@@ -87,3 +87,8 @@ def family_of(pipeline: Any) -> Family:
             return FAMILIES[one.__name__]
     known = ", ".join(f"a {family.pipeline} ({family.title})" for family in FAMILIES.values())
     raise CheckpointError(f"This is a {type(pipeline).__name__}; encache runs {known}.")
+
+
+def empty_is_zero(pipeline: Any) -> bool:
+    """Whether zeros stand for no negative prompt, as a Stable Diffusion XL may want it."""
+    return bool(pipeline.config.get("force_zeros_for_empty_prompt"))

@@ -119,6 +119,11 @@ class ImageSpec:
         return 2 ** (len(levels) - 1)
 
 
+def rows_per_picture(guidance_scale: float) -> int:
+    """Rows of the denoiser per picture and call: two with guidance, which 1 or less turns off."""
+    return 2 if guidance_scale > 1 else 1
+
+
 def check_size(*sides: int) -> None:
     """Raise EncacheError unless every side of a picture is a multiple of 8 pixels."""
     for side in sides:

@@ -41,12 +41,12 @@ class Whole(nn.Module):
 class Encoder(nn.Module):
     """Everything up to the cut."""
 
-    def __init__(self, backbone: Backbone, cut: Cut) -> None:
+    def __init__(self, backbone: Backbone, stages: Sequence[str], crossing: "_Crossing") -> None:
         super().__init__()
         self.module = backbone.module
         self._backbone = backbone
-        self._stages = backbone.stages_before(cut)
-        self._crossing = _find_crossing(backbone, cut)
+        self._stages = stages
+        self._crossing = crossing
 
     def forward(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions
@@ -69,12 +69,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The blend, then everything after the cut."""
 
-    def __init__(self, backbone: Backbone, cut: Cut) -> None:
+    def __init__(self, backbone: Backbone, stages: Sequence[str], crossing: "_Crossing") -> None:
         super().__init__()
         self.module = backbone.module
         self._backbone = backbone
-        self._stages = backbone.stages_before(cut)
-        self._crossing = _find_crossing(backbone, cut)
+        self._stages = stages
+        self._crossing = crossing
 
     def forward(
         self,
@@ -121,9 +121,12 @@ class Halves:
 
     def __init__(self, module: Any, cut: Cut) -> None:
         backbone = backbone_of(module)
-        self.features = _find_crossing(backbone, cut).features
-        self.encoder = Encoder(backbone, cut)
-        self.decoder = Decoder(backbone, cut)
+        stages = backbone.stages_before(cut)
+        module_class: Any = type(module)
+        crossing = _find_crossing(module_class, module.to_json_string(), cut)
+        self.features = crossing.features
+        self.encoder = Encoder(backbone, stages, crossing)
+        self.decoder = Decoder(backbone, stages, crossing)
 
 
 def blend(weights: Tensor, ring: Tensor) -> Tensor:
@@ -269,13 +272,8 @@ class _Reads(TorchDispatchMode):
 _TRIED = ({"B": 3, "L": 7, "h": 144, "w": 272}, {"B": 5, "L": 11, "h": 208, "w": 368})
 
 
-def _find_crossing(backbone: Backbone, cut: Cut) -> _Crossing:
-    module_class: Any = type(backbone.module)
-    return _try_crossing(module_class, backbone.module.to_json_string(), cut)
-
-
 @lru_cache(maxsize=64)
-def _try_crossing(module_class: Any, config: str, cut: Cut) -> _Crossing:
+def _find_crossing(module_class: Any, config: str, cut: Cut) -> _Crossing:
     """Run a model of this config on shapes alone, and see what its decoder reads."""
     with torch.device("meta"), torch.no_grad():
         backbone = backbone_of(module_class.from_config(json.loads(config)).eval())

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from encache.runtime.engines import Graph, own_dtype, run_graph
+from encache.contract.dtypes import tensor_dtype
+from encache.runtime.engines import Graph, run_graph
 
 
 class Codec(Protocol):
@@ -36,5 +37,5 @@ class GraphCodec:
     def decode(self, latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
         (spec,) = self._graph.spec.inputs
-        inputs = {"latents": latents.to(own_dtype(spec, self._dtype))}
+        inputs = {"latents": latents.to(tensor_dtype(spec, self._dtype))}
         return run_graph(self._graph, inputs, self._dtype, B=batch, h=height, w=width)["picture"]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from encache.contract.dtypes import torch_dtype
+from encache.contract.dtypes import tensor_dtype, torch_dtype
 from encache.contract.manifest import Manifest
 from encache.contract.target import Target
 from encache.model.backbone import Conditions, backbone_of
@@ -84,18 +84,13 @@ class Graph(Protocol):
         """Compute the outputs into the given tensors, in the order of the current stream."""
 
 
-def own_dtype(spec: TensorSpec, model_dtype: torch.dtype) -> torch.dtype:
-    """A tensor's, where the model's own is given."""
-    return model_dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
-
-
 def run_graph(
     graph: Graph, inputs: Mapping[str, Tensor], dtype: torch.dtype, **sizes: int
 ) -> dict[str, Tensor]:
     """Run a graph into new tensors, whose free sizes are these."""
     device = next(iter(inputs.values())).device
     outputs = {
-        one.name: torch.empty(one.size(sizes), dtype=own_dtype(one, dtype), device=device)
+        one.name: torch.empty(one.size(sizes), dtype=tensor_dtype(one, dtype), device=device)
         for one in graph.spec.outputs
     }
     graph.run(inputs, outputs)

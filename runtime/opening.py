@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from encache.command import typed_options
 from encache.contract.dtypes import default_dtype
 from encache.contract.library import TENSORRT_BACKENDS
 from encache.contract.manifest import Manifest, read_manifest
-from encache.contract.target import DECODE_CALLS, Target, make_target, most_rows
+from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, most_rows
 from encache.errors import CheckpointError
-from encache.export.options import EngineOptions, ModelOptions, SizeOptions
+from encache.export.options import EngineOptions, ModelOptions, SizeOptions, refuse_without_cut
 from encache.model.checkpoint import Checkpoint
 from encache.model.spec import NO_CUT, Cut
 from encache.runtime.options import KeyCalls, SamplingOptions
@@ -100,8 +99,8 @@ class Opening:
                 self.cut,
                 rows=(rows[0] * run.settings.rows, rows[1] * run.settings.rows),
                 decode_calls=run.plan.longest_decode,
-                height=(size.height, size.height) if size.height else None,
-                width=(size.width, size.width) if size.width else None,
+                height=exactly(size.height),
+                width=exactly(size.width),
             )
         return self.early or self._open(target)
 
@@ -154,9 +153,7 @@ def resolve_run(
     from encache.runtime.plan import make_plan
     from encache.runtime.schedulers import make_scheduler
 
-    if opening.cut == NO_CUT:
-        for name in typed_options({"max_decode_batch"}):
-            raise click.UsageError(f"{name} means nothing without a --cut: nothing is decoded.")
+    refuse_without_cut(opening.cut, "max_decode_batch")
     solver = opening.scheduler()
     if sampling.scheduler:
         solver = make_scheduler(sampling.scheduler, solver)

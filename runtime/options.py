@@ -1,7 +1,8 @@
 """The options by which commands say how to sample."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -75,3 +76,14 @@ class SamplingOptions:
             prior_noise=self.prior_noise,
             cut=cut,
         )
+
+
+def strides_option(defaults: Sequence[int]) -> Any:
+    """Several distances of key calls; without one, those of the defaults that the calls allow."""
+    return option(
+        "--stride",
+        default=(),
+        type=click.IntRange(2),
+        multiple=True,
+        help=f"Repeatable. Default: {', '.join(map(str, defaults))}, as far as the calls allow.",
+    )

@@ -26,7 +26,7 @@ from encache.export.build import (
     find_engines,
 )
 from encache.model.checkpoint import Checkpoint, find_checkpoint
-from encache.model.family import family_of
+from encache.model.family import empty_is_zero, family_of
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID, Preset
 from encache.model.spec import DEFAULT_CUT, Cut, ImageSpec, check_size
@@ -43,7 +43,7 @@ from encache.runtime.conditions import (
     refuse_unread,
     time_ids,
 )
-from encache.runtime.engines import TorchEngines, own_dtype
+from encache.runtime.engines import TorchEngines
 from encache.runtime.guidance import make_guide
 from encache.runtime.habits import (
     HonestAttributes,
@@ -178,13 +178,12 @@ class EncachePipeline(HonestAttributes):
             Texts([one.tokenizer for one in encoders], [TorchText(one) for one in encoders]),
             TorchCodec(pipeline.vae),
         )
-        empty_is_zero = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         return cls(
             parts,
             pipeline.scheduler,
             spec,
             family.guidance_scale,
-            empty_is_zero=empty_is_zero,
+            empty_is_zero=empty_is_zero(pipeline),
         )
 
     @classmethod
@@ -485,7 +484,7 @@ class EncachePipeline(HonestAttributes):
     ) -> dict[str, Tensor]:
         """All conditions [G, n, ...] that the denoiser reads, on its device."""
         num_guided, num_images = texts["text"].shape[:2]
-        known = {one.name: own_dtype(one, self.dtype) for one in self.engines.conditions}
+        known = {one.name: dtypes.tensor_dtype(one, self.dtype) for one in self.engines.conditions}
         conditions = {name: one for name, one in texts.items() if name in known}
         if "time_ids" in known:
             height, width = (side * self.spec.downscale for side in noise.shape[-2:])

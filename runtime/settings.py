@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from encache.model.preset import Preset
-from encache.model.spec import DEFAULT_CUT, Cut
+from encache.model.spec import DEFAULT_CUT, Cut, rows_per_picture
 from encache.runtime.blend import DEFAULT_BLEND, Blend
 
 #: Of a model that does not name its own, as in diffusers.
@@ -66,7 +66,7 @@ class Settings:
     @property
     def rows(self) -> int:
         """Rows of the UNet per picture and call: two with guidance."""
-        return 2 if self.guidance_scale > 1 else 1
+        return rows_per_picture(self.guidance_scale)
 
 
 def resolve(wished: Preset, model: Preset, guidance_scale: float) -> Settings:

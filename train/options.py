@@ -209,17 +209,16 @@ def open_model(checkpoint: "Checkpoint", options: RunOptions) -> Opened:
     import torch
     from accelerate import Accelerator
 
-    if checkpoint.family is not STABLE_DIFFUSION:
-        raise CheckpointError(
-            f"{checkpoint.name} is {checkpoint.family.title}; training knows "
-            f"{STABLE_DIFFUSION.title} alone."
-        )
-
     from encache.contract.dtypes import torch_dtype
     from encache.model.loading import load_pipeline
     from encache.train.finetune import Run
     from encache.train.loop import Recipe
 
+    if checkpoint.family is not STABLE_DIFFUSION:
+        raise CheckpointError(
+            f"{checkpoint.name} is {checkpoint.family.title}; training knows "
+            f"{STABLE_DIFFUSION.title} alone."
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     precision, report_to = options.mixed_precision, options.report_to

@@ -1,28 +1,24 @@
 """Command-line options, written once: the fields of dataclasses, which commands share."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from functools import wraps
 from typing import Any
 
 import click
 
 
-def option(
-    *names: str, default: Any = None, default_factory: Any = MISSING, **click_options: Any
-) -> Any:
+def option(*names: str, default: Any = None, **click_options: Any) -> Any:
     """A field of a dataclass that is an option of every command that takes the dataclass.
 
     Args:
         names: as it is typed; by default the field's name. An option may be typed in several ways.
         default: of the field and the option.
-        default_factory: makes it instead.
         click_options: as for click.option; a default that is neither None, False nor () is shown.
     """
-    made = default if default_factory is MISSING else default_factory()
-    if made is not None and made is not False and made != ():
+    if default is not None and default is not False and default != ():
         click_options = {"show_default": True, **click_options}
-    return field(default=made, metadata={"names": names, "click": click_options})
+    return field(default=default, metadata={"names": names, "click": click_options})
 
 
 def takes(**groups: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
