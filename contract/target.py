@@ -65,6 +65,18 @@ class Target:
             and all(ours[0] <= theirs[0] and theirs[1] <= ours[1] for ours, theirs in spans)
         )
 
+    def refuse_beyond(self, **asked: int | None) -> None:
+        """Raise EngineError unless engines for this target take these rows, height and width."""
+        for name, size in asked.items():
+            least, most = getattr(self, name)
+            if size and not least <= size <= most:
+                span = least if least == most else f"{least} to {most}"
+                raise EngineError(
+                    f"These engines were compiled for {name} {span}, not {size} (rows are "
+                    "pictures, times two with guidance). Export them again with another --batch, "
+                    "--height or --width, or export for onnxruntime, which takes any."
+                )
+
 
 def make_target(
     checkpoint: Checkpoint,

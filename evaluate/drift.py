@@ -75,7 +75,7 @@ class _Comparison:
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
-    """||now - before||^2 / ||now||^2 over all elements."""
+    """||now - before||^2 / ||now||^2 over all elements of two tensors of one shape."""
     change = (now - before).float().square().sum() / now.float().square().sum()
     return change.item()
 

@@ -138,9 +138,10 @@ def _load_efficientnet(weights: Path | None, device: str) -> Extractor:
 
 
 def to_lite_input(pictures: Tensor) -> Tensor:
-    """Scale to 224 x 224 and to (v - 127) / 128 of the 8-bit value v, the range of its training.
+    """Scale pictures [n, 3, H, W] to 224 x 224, and their 8-bit values v to (v - 127) / 128.
 
-    Unlike the other EfficientNets, the Lite ones take neither ImageNet's mean nor its deviation.
+    That is the range of its training: unlike the other EfficientNets, the Lite ones take neither
+    ImageNet's mean nor its deviation.
     """
     scaled = interpolate(pictures, (224, 224), mode="bicubic", antialias=True)
     return (255 * scaled - 127) / 128

@@ -6,8 +6,7 @@ Needs no torch, so a finished export is recognised at once. `encache.model.loadi
 import hashlib
 import math
 import os
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -16,21 +15,22 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
+from encache.model.edit import Edit
 from encache.model.family import FAMILIES, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
-from encache.model.lora import Lora, find_lora
+from encache.model.hub import find_folder, hub_id_of, short_name
+from encache.model.lora import find_lora
 from encache.model.preset import PRESET_KEY, UNSAID, Preset
 from encache.model.spec import DEFAULT_CUT, Cut
-from encache.model.vae import check_vae
+from encache.model.vae import find_vae
 from encache.model.weights import (
     choose_variant,
+    digest_of,
     read_header,
-    reason_of,
     refuse_pickle,
     refuse_without_safetensors,
     weight_files,
 )
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INDEX = "model_index.json"
 _SUPPORTED = "encache runs text-to-image checkpoints: " + ", ".join(
     f"{family.title} ({family.pipeline})" for family in FAMILIES.values()
@@ -61,8 +61,7 @@ class Checkpoint:
         folder: diffusers folder; None for a single-file checkpoint without one.
         weights: safetensors file whose tensors replace those of the folder.
         holds: "pipeline" for a single-file Stable Diffusion, "unet" for UNet weights alone.
-        loras: fused into the weights, in this order.
-        vae: folder of an autoencoder that replaces the model's own.
+        edits: what changes it once it is loaded, in this order.
         variant: of the folder's weights, such as "fp16"; parts without it have plain ones.
         prediction: prediction_type that the weights' header names; None leaves the folder's.
         zero_snr: whether they were trained on a schedule that ends without signal.
@@ -73,8 +72,7 @@ class Checkpoint:
     folder: Path | None
     weights: Path | None = None
     holds: str = "pipeline"
-    loras: tuple[Lora, ...] = ()
-    vae: Path | None = None
+    edits: tuple[Edit, ...] = ()
     variant: str = ""
     prediction: str | None = None
     zero_snr: bool = False
@@ -88,10 +86,8 @@ class Checkpoint:
             model = self.weights.stem
         else:
             assert self.folder is not None
-            model = _folder_name(self.folder)
-        changes = [lora.path.stem for lora in self.loras]
-        changes += [_folder_name(self.vae)] if self.vae else []
-        name = "+".join((model, *changes))
+            model = short_name(self.folder)
+        name = "+".join((model, *(edit.name for edit in self.edits)))
         return os.fsencode(name).decode(errors="replace")  # a file's name may be any bytes
 
     @property
@@ -104,18 +100,12 @@ class Checkpoint:
             return None
         if self.folder == default_model():
             return DEFAULT_MODEL_NAME
-        return _hub_id(self.folder) or str(self.folder.resolve())
+        return hub_id_of(self.folder) or str(self.folder.resolve())
 
     @property
     def base(self) -> "Checkpoint":
-        """The model that UNet weights alone complete, with the same LoRAs and autoencoder."""
-        return Checkpoint(
-            self.folder,
-            loras=self.loras,
-            vae=self.vae,
-            variant=self.variant,
-            family=self.family,
-        )
+        """The model that UNet weights alone complete, with the same edits."""
+        return Checkpoint(self.folder, edits=self.edits, variant=self.variant, family=self.family)
 
     @property
     def index(self) -> Mapping[str, Any]:
@@ -146,11 +136,11 @@ class Checkpoint:
         return self.preset.cut or DEFAULT_CUT
 
     def files(self) -> Iterator[Path]:
-        """Every file of the model that determines an image, in a stable order."""
+        """Every file that determines an image before the edits, in a stable order."""
         if self.folder:
             yield self.folder / _INDEX
             for part in self.family.parts:
-                folder = self.vae if part == "vae" and self.vae else self.folder / part
+                folder = self.folder / part
                 # What diffusers reads: not the variants that may lie beside it.
                 for file in sorted(folder.rglob("*")):
                     if file.suffix in {".json", ".txt"} and not file.name.startswith("."):
@@ -163,27 +153,11 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the files' contents and names: equal for equal models, wherever."""
-        total = hashlib.sha256()
-        for file in self.files():
-            with file.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-            total.update(os.fsencode(file.name))
-        for lora in self.loras:
-            total.update(hashlib.sha256(lora.path.read_bytes()).digest())
-            total.update(f"lora {lora.scale}".encode())
-        return total.hexdigest()
-
-
-def _hub_id(folder: Path) -> str | None:
-    """What names a folder of the hub's cache on every machine; None for any other folder."""
-    folder = folder.resolve()
-    if folder.parent.name != "snapshots":  # models--owner--name/snapshots/hash
-        return None
-    return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-
-
-def _folder_name(folder: Path) -> str:
-    return (_hub_id(folder) or folder.resolve().name).rpartition("/")[-1]
+        own = digest_of(self.files()).hex()
+        if not self.edits:
+            return own
+        edited = " ".join((own, *(edit.fingerprint for edit in self.edits)))
+        return hashlib.sha256(edited.encode()).hexdigest()
 
 
 def find_checkpoint(
@@ -209,11 +183,10 @@ def find_checkpoint(
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
     """
     found = _find_weights(default_model() if ckpt is None else ckpt, base, variant or "")
-    return replace(
-        found,
-        loras=tuple(find_lora(one) for one in loras),
-        vae=_find_vae(vae) if vae else None,
-    )
+    edits: list[Edit] = [find_lora(one) for one in loras]
+    if vae:
+        edits.append(find_vae(vae, found.variant))
+    return replace(found, edits=tuple(edits))
 
 
 def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Checkpoint:
@@ -311,9 +284,7 @@ def _family_of_file(path: Path, names: Collection[str]) -> Family:
 
 
 def _find_folder(folder: str | Path, variant: str) -> Checkpoint:
-    path = Path(folder).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(folder)):
-        path = _download(str(folder), variant)
+    path = find_folder(folder, lambda hub_id: _download(hub_id, variant))
     if not path.is_dir():
         raise CheckpointError(f"There is no diffusers folder at {path}. Check the path.")
     if not (path / _INDEX).is_file():
@@ -361,29 +332,7 @@ def _family_of_folder(path: Path) -> Family:
     return family
 
 
-def _find_vae(vae: str | Path) -> Path:
-    path = Path(vae).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(str(vae)):
-        return check_vae(path)
-    from huggingface_hub import snapshot_download
-
-    kinds = ["config.json", "*.safetensors"]
-    return check_vae(_fetch(str(vae), lambda: snapshot_download(str(vae), allow_patterns=kinds)))
-
-
-def _download(hub_id: str, variant: str) -> Path:
+def _download(hub_id: str, variant: str) -> str:
     from diffusers import DiffusionPipeline
 
-    return _fetch(
-        hub_id,
-        lambda: DiffusionPipeline.download(hub_id, variant=variant or None, use_safetensors=True),
-    )
-
-
-def _fetch(hub_id: str, download: Callable[[], str]) -> Path:
-    try:
-        return Path(download())
-    except Exception as error:  # several layers of clients, each with exceptions of its own
-        raise CheckpointError(
-            f"{hub_id!r} is no local path and could not be fetched from the hub: {reason_of(error)}"
-        ) from error
+    return DiffusionPipeline.download(hub_id, variant=variant or None, use_safetensors=True)

@@ -13,11 +13,9 @@ from encache.errors import CheckpointError
 from encache.files import parse_json
 from encache.model.checkpoint import MARKS, Checkpoint
 from encache.model.family import tokenizer_of
-from encache.model.lora import fuse
 from encache.model.preset import PRESET_KEY
 from encache.model.spec import ImageSpec
 from encache.model.text import with_length
-from encache.model.vae import replace_vae
 from encache.model.weights import choose_variant, read_header, reason_of
 
 if TYPE_CHECKING:
@@ -106,10 +104,8 @@ def load_pipeline(
         setattr(pipeline, tokenizer, with_length(getattr(pipeline, tokenizer), module))
     if checkpoint.weights and checkpoint.holds == "unet":
         pipeline.unet.load_state_dict(unet_weights(checkpoint, pipeline.unet))
-    for lora in checkpoint.loras:
-        fuse(pipeline, lora)
-    if checkpoint.vae:
-        replace_vae(pipeline, checkpoint.vae, dtype, checkpoint.variant)
+    for edit in checkpoint.edits:
+        edit.apply(pipeline)
     if dtype == torch.float16 and getattr(pipeline.vae.config, "force_upcast", False):
         pipeline.vae.to(torch.float32)  # it says itself that it overflows in fp16
     pipeline.set_progress_bar_config(disable=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from encache.errors import CheckpointError
-from encache.model.weights import read_header, reason_of, refuse_pickle
+from encache.model.weights import digest_of, read_header, reason_of, refuse_pickle
 
 #: Ends the name of one tensor per layer, in the formats of diffusers, peft and kohya.
 _DOWN = re.compile(r"(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight$")
@@ -21,6 +21,46 @@ class Lora:
 
     path: Path
     scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def fingerprint(self) -> str:
+        return f"lora {digest_of([self.path]).hex()} {self.scale}"
+
+    def apply(self, pipeline: Any) -> None:
+        """Add scale * B A to the weights of UNet and text encoders, and forget the adapter.
+
+        Takes the formats that diffusers takes: its own, peft's and kohya's.
+
+        Raises:
+            CheckpointError: peft is missing or too old, or some of the LoRA's layers are not in
+                this model, which would leave them out without a word.
+        """
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise CheckpointError(f"A LoRA needs peft: {_INSTALL}.") from error
+        path = self.path
+        try:
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+        except Exception as error:  # two libraries, each with exceptions of its own
+            reason = reason_of(error)
+            if "version of PEFT" in reason:
+                raise CheckpointError(f"{reason.rstrip('.')}: {_INSTALL}.") from error
+            raise CheckpointError(f"{path} does not fit this model: {reason}") from error
+        names, _ = read_header(path)
+        num_layers = sum(bool(_DOWN.search(name)) for name in names)
+        num_adapted = _count_adapted(pipeline)
+        if num_adapted < max(num_layers, 1):
+            raise CheckpointError(
+                f"{path} does not fit this model: {num_layers - num_adapted} of its {num_layers} "
+                "layers are not in it. It was made for another architecture."
+            )
+        pipeline.fuse_lora(list(pipeline.get_list_adapters()), lora_scale=self.scale)
+        pipeline.unload_lora_weights()
 
 
 def find_lora(text: str) -> Lora:
@@ -47,38 +87,6 @@ def find_lora(text: str) -> Lora:
             "Whole weights go to --ckpt."
         )
     return lora
-
-
-def fuse(pipeline: Any, lora: Lora) -> None:
-    """Add scale * B A to the weights of UNet and text encoders, and forget the adapter.
-
-    Takes the formats that diffusers takes: its own, peft's and kohya's.
-
-    Raises:
-        CheckpointError: peft is missing or too old, or some of the LoRA's layers are not in this
-            model, which would leave them out without a word.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(f"A LoRA needs peft: {_INSTALL}.") from error
-    try:
-        pipeline.load_lora_weights(lora.path.parent, weight_name=lora.path.name)
-    except Exception as error:  # two libraries, each with exceptions of its own
-        reason = reason_of(error)
-        if "version of PEFT" in reason:
-            raise CheckpointError(f"{reason.rstrip('.')}: {_INSTALL}.") from error
-        raise CheckpointError(f"{lora.path} does not fit this model: {reason}") from error
-    names, _ = read_header(lora.path)
-    num_layers = sum(bool(_DOWN.search(name)) for name in names)
-    num_adapted = _count_adapted(pipeline)
-    if num_adapted < max(num_layers, 1):
-        raise CheckpointError(
-            f"{lora.path} does not fit this model: {num_layers - num_adapted} of its {num_layers} "
-            "layers are not in it. It was made for another architecture."
-        )
-    pipeline.fuse_lora(list(pipeline.get_list_adapters()), lora_scale=lora.scale)
-    pipeline.unload_lora_weights()
 
 
 def _count_adapted(pipeline: Any) -> int:

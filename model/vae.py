@@ -1,26 +1,82 @@
 """Another autoencoder in place of the checkpoint's own, such as the small AutoencoderTiny."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
+from encache.model.hub import find_folder, short_name
 from encache.model.spec import ImageSpec
-from encache.model.weights import choose_variant, reason_of, refuse_without_safetensors
-
-if TYPE_CHECKING:
-    import torch
+from encache.model.weights import (
+    choose_variant,
+    digest_of,
+    reason_of,
+    refuse_without_safetensors,
+    weight_files,
+)
 
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _CONFIG = "config.json"
 
 
-def check_vae(folder: Path) -> Path:
-    """The folder again, if it holds an autoencoder that Stable Diffusion can use.
+@dataclass(frozen=True)
+class Autoencoder:
+    """An autoencoder that replaces the model's own.
+
+    Attributes:
+        folder: as diffusers writes it.
+        variant: of its weights, such as "fp16", if it has it.
+    """
+
+    folder: Path
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return short_name(self.folder)
+
+    @property
+    def fingerprint(self) -> str:
+        weights = weight_files(self.folder, choose_variant([self.folder], self.variant))
+        return digest_of([self.folder / _CONFIG, *weights]).hex()
+
+    def apply(self, pipeline: Any) -> None:
+        """Load it in the place of the pipeline's, in the UNet's precision.
+
+        Raises:
+            CheckpointError: it is damaged, or its latents are of another kind than the UNet's.
+        """
+        import diffusers
+
+        folder = self.folder
+        name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
+        try:
+            vae = getattr(diffusers, name).from_pretrained(
+                folder,
+                dtype=pipeline.unet.dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=choose_variant([folder], self.variant) or None,
+            )
+        except Exception as error:  # damaged files surface as any exception of three libraries
+            raise CheckpointError(f"{folder} could not be loaded: {reason_of(error)}") from error
+        old, new = (ImageSpec.of(pipeline.unet.config, one.config) for one in (pipeline.vae, vae))
+        if new.downscale != old.downscale or vae.config.latent_channels != old.channels:
+            raise CheckpointError(
+                f"{folder} has {vae.config.latent_channels} latent channels at 1/{new.downscale} "
+                f"of the picture's size, this model {old.channels} at 1/{old.downscale}."
+            )
+        pipeline.register_modules(vae=vae)
+
+
+def find_vae(named: str | Path, variant: str = "") -> Autoencoder:
+    """An autoencoder by its folder or hub id, looked at without loading it.
 
     Raises:
-        CheckpointError: it holds none, or only pickled weights.
+        CheckpointError: there is none that Stable Diffusion can use, or only pickled weights.
     """
+    folder = find_folder(named, _download)
     try:
         name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -30,32 +86,10 @@ def check_vae(folder: Path) -> Path:
     if name not in _CLASSES:
         raise CheckpointError(f"{folder} is a {name}; encache takes {' and '.join(_CLASSES)}.")
     refuse_without_safetensors(folder)
-    return folder
+    return Autoencoder(folder, variant)
 
 
-def replace_vae(pipeline: Any, folder: Path, dtype: "torch.dtype", variant: str = "") -> None:
-    """Load the autoencoder, of this variant if it has it, in the place of the pipeline's.
+def _download(hub_id: str) -> str:
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        CheckpointError: it is damaged, or its latents are of another kind than the UNet's.
-    """
-    import diffusers
-
-    name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
-    try:
-        vae = getattr(diffusers, name).from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=choose_variant([folder], variant) or None,
-        )
-    except Exception as error:  # damaged files surface as any exception of three libraries
-        raise CheckpointError(f"{folder} could not be loaded: {reason_of(error)}") from error
-    old, new = (ImageSpec.of(pipeline.unet.config, one.config) for one in (pipeline.vae, vae))
-    if new.downscale != old.downscale or vae.config.latent_channels != old.channels:
-        raise CheckpointError(
-            f"{folder} has {vae.config.latent_channels} latent channels at 1/{new.downscale} of "
-            f"the picture's size, this model {old.channels} at 1/{old.downscale}."
-        )
-    pipeline.register_modules(vae=vae)
+    return snapshot_download(hub_id, allow_patterns=[_CONFIG, "*.safetensors"])

@@ -1,8 +1,10 @@
 """Weight files, of which nothing is ever executed."""
 
+import hashlib
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -72,6 +74,16 @@ def refuse_without_safetensors(folder: Path) -> None:
         f"{folder} holds no weights: they are called diffusion_pytorch_model.safetensors or "
         "model.safetensors. Download the folder again."
     )
+
+
+def digest_of(files: Iterable[Path]) -> bytes:
+    """sha256 over the files' contents and names: equal for equal files, wherever."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+        total.update(os.fsencode(file.name))
+    return total.digest()
 
 
 def reason_of(error: Exception) -> str:

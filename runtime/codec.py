@@ -3,9 +3,12 @@
 from typing import Any, Protocol
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from encache.contract.dtypes import tensor_dtype
+from encache.errors import EncacheError
+from encache.model.spec import ImageSpec
 from encache.runtime.engines import Graph, run_graph
 
 
@@ -39,3 +42,27 @@ class GraphCodec:
         (spec,) = self._graph.spec.inputs
         inputs = {"latents": latents.to(tensor_dtype(spec, self._dtype))}
         return run_graph(self._graph, inputs, self._dtype, B=batch, h=height, w=width)["picture"]
+
+
+def decode_pictures(codec: Codec, spec: ImageSpec, latents: Tensor, output_type: str) -> Any:
+    """Turn latents [n, C, h, w] into pictures, one by one, which bounds memory.
+
+    Args:
+        codec: the autoencoder.
+        spec: how pictures and latents relate.
+        latents: as the sampler leaves them.
+        output_type: "pil", "np" [n, H, W, 3], "pt" [n, 3, H, W], both in [0, 1], or "latent".
+
+    Raises:
+        EncacheError: the autoencoder's numbers overflow.
+    """
+    if output_type == "latent":
+        return latents
+    pictures = torch.cat([codec.decode(one / spec.scaling_factor) for one in latents.split(1)])
+    if not pictures.isfinite().all():
+        raise EncacheError(
+            "The latents are finite, but the autoencoder's picture is not: its numbers overflow. "
+            "Try fp32, another --vae, or a lower guidance scale."
+        )
+    processor = VaeImageProcessor(vae_scale_factor=spec.downscale)
+    return processor.postprocess(pictures, output_type=output_type)

@@ -1,7 +1,7 @@
 """What the denoiser is told beside latents and timestep: prompts, and for XL sizes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -149,12 +149,57 @@ def time_ids(
     return torch.stack([one.ids(size).expand(num_images, -1) for one in branches])
 
 
-def refuse_unread(known: Sequence[str], **given: Any) -> None:
-    """Raise EncacheError for arguments of Stable Diffusion XL that another model does not read."""
-    if "time_ids" not in known:
-        for name, value in given.items():
-            if not (value is None or value == (0, 0)):
+@dataclass(frozen=True)
+class XLArguments:
+    """What diffusers' call of Stable Diffusion XL takes besides Stable Diffusion's, named as there.
+
+    Attributes:
+        prompt_2, negative_prompt_2: for the second text encoder; by default the same as the first.
+        pooled_prompt_embeds, negative_pooled_prompt_embeds: [n, P], beside embeddings of prompts.
+        original_size, crops_coords_top_left, target_size, negative_original_size,
+            negative_crops_coords_top_left, negative_target_size: see `Sizes`.
+    """
+
+    prompt_2: Prompt | None = None
+    negative_prompt_2: Prompt | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_target_size: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, arguments: Mapping[str, Any], of_this_model: bool) -> "XLArguments":
+        """Read a call's further arguments.
+
+        Raises:
+            TypeError: no model takes one of them.
+            EncacheError: this model is none of Stable Diffusion XL.
+        """
+        known = {one.name for one in fields(cls)}
+        for name, value in arguments.items():
+            if name not in known:
+                raise TypeError(f"EncachePipeline takes no argument {name!r}.")
+            if not (of_this_model or value is None or value == (0, 0)):
                 raise EncacheError(f"{name} belongs to Stable Diffusion XL; this model has none.")
+        return cls(**arguments)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of what is wanted."""
+        return Sizes(self.original_size, self.crops_coords_top_left, self.target_size)
+
+    @property
+    def negative_sizes(self) -> Sizes:
+        """Of what is to be avoided."""
+        return Sizes(
+            self.negative_original_size,
+            self.negative_crops_coords_top_left,
+            self.negative_target_size,
+        )
 
 
 def _listed(prompt: Any) -> list[Any]:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from encache.errors import EncacheError
 from encache.runtime.memory import explaining_want_of_memory
 from encache.runtime.settings import Settings
 
@@ -63,3 +65,27 @@ def noise_of(pipeline: "EncachePipeline", jobs: Sequence[Job]) -> Tensor:
     return torch.stack(
         [torch.randn(pipeline.spec.channels, *size, generator=one) for one in generators]
     )
+
+
+def draw_noise(
+    pipeline: "EncachePipeline",
+    num_images: int,
+    size: tuple[int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+) -> Tensor:
+    """Unit noise [n, C, h, w], float32: the latents that are given, or drawn as diffusers draws it.
+
+    Raises:
+        EncacheError: generators or latents are of another number or shape.
+    """
+    shape = (num_images, pipeline.spec.channels, *size)
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise EncacheError(f"{len(generator)} generators were given for {num_images} images.")
+    if latents is None:
+        latents = randn_tensor(
+            shape, generator=generator, device=pipeline.device, dtype=pipeline.dtype
+        )
+    if latents.shape != shape:
+        raise EncacheError(f"latents must be {list(shape)}, not {list(latents.shape)}.")
+    return latents.to(pipeline.device, torch.float32)

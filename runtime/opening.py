@@ -45,6 +45,11 @@ class Opening:
         backend: str,
         engine_dir: Path,
     ) -> "Opening":
+        """What the options name, looked at without loading it.
+
+        Raises:
+            EncacheError: it is not there, or cannot be opened so.
+        """
         if one_folder:
             manifest = read_manifest(one_folder)
             identity = manifest.identity
@@ -149,7 +154,6 @@ def resolve_run(
         batch_size: most pictures at once; where engines were compiled for fewer, these.
         max_decode_batch: most rows in one run of the decoder.
     """
-    from encache.runtime.pipeline import refuse_beyond
     from encache.runtime.plan import make_plan
     from encache.runtime.schedulers import make_scheduler
 
@@ -169,7 +173,7 @@ def resolve_run(
     if target:
         for count in {len(batch) for batch in batches}:
             rows = count * settings.rows
-            refuse_beyond(target, rows=rows, height=size.height, width=size.width)
+            target.refuse_beyond(rows=rows, height=size.height, width=size.width)
     rows_per_call = len(batches[0]) * settings.rows
     calls = _most_calls(target, opening.backend, opening.cut)
     most = most_rows(calls, rows_per_call, max_decode_batch)

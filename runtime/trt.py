@@ -182,7 +182,7 @@ def _off_the_default(stream: torch.cuda.Stream) -> Iterator[torch.cuda.Stream]:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it as TensorRT reads it: contiguous, at a multiple of 256 bytes."""
+    """A tensor of any shape, or a copy as TensorRT reads it: contiguous, at 256 bytes' multiple."""
     if tensor.is_contiguous() and tensor.data_ptr() % 256 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -14,7 +14,13 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(clean: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
-    """What the UNet should say: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+    """What the UNet should say: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.
+
+    Args:
+        clean, noise: x_0 and eps [B, C, h, w].
+        alpha_bar: [B].
+        prediction: which of the two is said [B, C, h, w].
+    """
     if prediction == "epsilon":
         return noise
     alpha_bar = alpha_bar.view(-1, 1, 1, 1)

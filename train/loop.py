@@ -72,7 +72,7 @@ class Recipe:
 
 
 def digest(tensor: Tensor) -> str:
-    """Sixteen hexadecimal digits that name the contents of a CPU tensor."""
+    """Sixteen hexadecimal digits that name the contents of a CPU tensor of any shape."""
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

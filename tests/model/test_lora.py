@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from encache.errors import CheckpointError
 from encache.model.checkpoint import find_checkpoint
 from encache.model.loading import load_pipeline
-from encache.model.lora import Lora, find_lora, fuse
+from encache.model.lora import Lora, find_lora
 from encache.runtime.cli import main
 from tests.conftest import TEXT_WIDTH, make_pipeline
 
@@ -151,14 +151,14 @@ def test_a_peft_that_does_not_fit(loras, monkeypatch):
 
     monkeypatch.setattr(pipeline, "load_lora_weights", refuse)
     with pytest.raises(CheckpointError, match="not compatible: pip install"):
-        fuse(pipeline, Lora(loras[0]))
+        Lora(loras[0]).apply(pipeline)
 
 
 def test_without_peft(loras, monkeypatch):
     pipeline = make_pipeline()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(CheckpointError, match="pip install"):
-        fuse(pipeline, Lora(loras[0]))
+        Lora(loras[0]).apply(pipeline)
 
 
 def test_a_picture_drawn_with_a_lora(model_folder, loras, tmp_path):

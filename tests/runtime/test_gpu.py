@@ -95,11 +95,11 @@ def test_captured_sampling_equals_eager_and_the_cpu(pipeline, cut, blend):
         ours = draw(captured, seed, blend=blend)
         assert error(ours, draw(eager, seed, blend=blend)) < 1e-5
         assert error(ours, one) < 1e-3
-    assert captured._kept[1][1].captured
+    assert captured._executor._kept[1][1].captured
     for seed in range(3):  # another plan must not run the old graph, and has one of its own
         changed = draw(captured, seed, stride=3, blend=blend)
         assert error(changed, draw(eager, seed, stride=3, blend=blend)) < 1e-5
-    assert captured._kept[1][1].captured
+    assert captured._executor._kept[1][1].captured
 
 
 @GPU
@@ -119,7 +119,7 @@ def test_tensorrt_rtx_follows_the_cpu(model_folder, pipeline, tmp_path, cut):
         drawn = [draw(pipe, seed, blend=blend) for seed in range(4)]
         for seed, one in enumerate(drawn):  # as it is, captured, and replayed
             assert error(one, draw(cpu, seed, blend=blend)) < 0.05
-        assert pipe._kept[1][1].captured
+        assert pipe._executor._kept[1][1].captured
         torch.testing.assert_close(draw(pipe, blend=blend), drawn[0])
     pictures = [draw(one, output_type="pt") for one in (pipe, cpu)]
     assert error(*pictures) < 0.05
