@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import click
+import torch
 
+from encache.contract.dtypes import torch_dtype
 from encache.errors import EncacheError
 from encache.evaluate.bench import Row, matrix_peak, measure
 from encache.evaluate.contenders import Task, comparison
@@ -13,25 +15,30 @@ from encache.model.checkpoint import Checkpoint
 from encache.model.loading import load_pipeline
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.settings import DEFAULT_STEPS, Settings
+from encache.runtime.solver import Scheduler
 
 
 def compare(
-    pipeline: EncachePipeline,
     source: Checkpoint,
+    engines: EncachePipeline | None,
+    solver: Scheduler,
     settings: Settings,
     task: Task,
     seeds: Sequence[int],
     max_decode_batch: int | None,
+    dtype: str,
 ) -> tuple[Task, list[Row]]:
-    """Measure a pipeline and PyTorch on one plan, beside the full sampler and fewer steps.
+    """Measure one plan in PyTorch and on engines, beside the full sampler and fewer steps.
 
     Args:
-        pipeline: opened from `source`.
-        source: weights of few steps are compared with their base.
+        source: what is drawn with; weights of few steps are compared with their base.
+        engines: opened from it on another backend.
+        solver: of the plan.
         settings: how they sample.
         task: what is drawn, by the full sampler with the same steps and guidance.
         seeds: every prompt is drawn with every one.
         max_decode_batch: most rows in one run of the decoder.
+        dtype: of PyTorch's weights on a GPU; a CPU's PyTorch has fp32 alone.
 
     Returns:
         The full sampler's task, and the rows.
@@ -39,13 +46,14 @@ def compare(
     Raises:
         EncacheError: one of them cannot run.
     """
-    device = pipeline.device
-    # On a GPU precision is part of the speed; on a CPU PyTorch has fp32 alone.
-    dtype = pipeline.dtype if device.type == "cuda" else None
-    own = load_pipeline(source, dtype, device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if engines:
+        device = engines.device
+    precision = torch_dtype(dtype) if device.type == "cuda" else None
+    own = load_pipeline(source, precision, device)
     cached = [EncachePipeline.from_pipe(own, settings.policy.cut, capturable=True)]
-    if pipeline.engines.name != "torch":
-        cached.append(pipeline)
+    if engines:
+        cached.append(engines)
     full = own
     if source.preset.steps:
         click.echo(
@@ -53,15 +61,15 @@ def compare(
             f"sampler of its base {source.base.name}.",
             err=True,
         )
-        full = load_pipeline(source.base, dtype, device)
+        full = load_pipeline(source.base, precision, device)
         scale = source.base.guidance_scale
         task = replace(task, steps=DEFAULT_STEPS, guidance_scale=scale)
     else:
-        full.scheduler = pipeline.scheduler
+        full.scheduler = solver
     for one in (full, *cached):
         one.set_progress_bar_config(disable=True)
     for one in cached:
-        one.scheduler = pipeline.scheduler
+        one.scheduler = solver
     size = task.latent_size(full)
     length = full.tokenizer.model_max_length
     arithmetic = count_arithmetic(own.unet, settings.policy.cut, *size, length)

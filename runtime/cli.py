@@ -20,10 +20,8 @@ from encache.options import option, takes
 from encache.runtime.blend import DEFAULT_STRIDE
 from encache.runtime.opening import Opening, Run, resolve_run
 from encache.runtime.options import SamplingOptions
-from encache.runtime.settings import Settings
 
 if TYPE_CHECKING:
-    from encache.evaluate.contenders import Task
     from encache.runtime.jobs import Job
     from encache.runtime.pipeline import EncachePipeline
 
@@ -146,22 +144,11 @@ def main(
     if output.json_path:
         check_new(output.json_path)
     paths = {} if output.comparing else _picture_paths(output.output, prompts, output.seeds)
+    if opening.checkpoint and output.comparing:
+        _compare(opening.checkpoint, opening, run, wanted, size, output)
+        return
     pipeline = opening.open(run, size)
     pipeline.scheduler = run.solver
-    if opening.checkpoint and output.comparing:
-        from encache.evaluate.contenders import Task
-
-        task = Task(
-            prompts=tuple(prompts),
-            steps=run.settings.steps,
-            guidance_scale=run.settings.guidance_scale,
-            height=size.height,
-            width=size.width,
-            policies={},
-            negative_prompt=wanted.negative_prompt,
-        )
-        _compare(pipeline, opening.checkpoint, run.settings, task, output)
-        return
     jobs = [
         [Job(prompt, seed, wanted.negative_prompt, size.height, size.width) for seed in seeds]
         for prompt, seeds in product(prompts, run.batches)
@@ -295,27 +282,46 @@ def _draw(
 
 
 def _compare(
-    pipeline: "EncachePipeline",
     source: Checkpoint,
-    settings: Settings,
-    task: "Task",
+    opening: Opening,
+    run: Run,
+    wanted: _PromptOptions,
+    size: SizeOptions,
     output: _OutputOptions,
 ) -> None:
-    from encache.contract.dtypes import dtype_name
     from encache.evaluate.bench import format_table
     from encache.evaluate.comparison import compare
+    from encache.evaluate.contenders import Task
     from encache.evaluate.machine import describe_machine
     from encache.files import write_json
 
-    task, rows = compare(pipeline, source, settings, task, output.seeds, output.max_decode_batch)
+    task = Task(
+        prompts=tuple(wanted.listed),
+        steps=run.settings.steps,
+        guidance_scale=run.settings.guidance_scale,
+        height=size.height,
+        width=size.width,
+        policies={},
+        negative_prompt=wanted.negative_prompt,
+    )
+    task, rows = compare(
+        source,
+        None if opening.backend == "torch" else opening.open(run, size),
+        run.solver,
+        run.settings,
+        task,
+        output.seeds,
+        output.max_decode_batch,
+        opening.dtype,
+    )
     click.echo(format_table(rows))
     if output.json_path:
         report = {
             "machine": describe_machine(),
             "task": task.facts,
             "seeds": list(output.seeds),
-            "settings": asdict(settings),
-            "dtype": dtype_name(pipeline.dtype),
+            "settings": asdict(run.settings),
+            "dtype": opening.dtype,
             "rows": [asdict(row) for row in rows],
         }
         write_json(output.json_path, report)
