@@ -19,6 +19,8 @@ class Family:
         guidance_scale: its default in diffusers.
         single_file: in a single file, the beginnings of the tensors' names by component.
         loading: arguments that load it without what pictures do not need.
+        upcasts: whether diffusers runs its autoencoder in fp32 where that says that it overflows in
+            fp16 (`force_upcast`); Stable Diffusion's says so too, by default, and does not.
     """
 
     pipeline: str
@@ -27,6 +29,7 @@ class Family:
     guidance_scale: float
     single_file: Mapping[str, str]
     loading: Mapping[str, Any] = field(default_factory=dict)
+    upcasts: bool = False
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -71,6 +74,7 @@ STABLE_DIFFUSION_XL = Family(
         "vae": "first_stage_model.",
     },
     loading={**dict.fromkeys(("feature_extractor", "image_encoder")), "add_watermarker": False},
+    upcasts=True,
 )
 #: By the class of the diffusers pipeline.
 FAMILIES = {one.pipeline: one for one in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}

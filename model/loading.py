@@ -106,8 +106,9 @@ def load_pipeline(
         pipeline.unet.load_state_dict(unet_weights(checkpoint, pipeline.unet))
     for edit in checkpoint.edits:
         edit.apply(pipeline)
-    if dtype == torch.float16 and getattr(pipeline.vae.config, "force_upcast", False):
-        pipeline.vae.to(torch.float32)  # it says itself that it overflows in fp16
+    overflows = checkpoint.family.upcasts and getattr(pipeline.vae.config, "force_upcast", False)
+    if dtype == torch.float16 and overflows:
+        pipeline.vae.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
         pipeline.to(device)

@@ -144,6 +144,9 @@ def test_an_autoencoder_that_overflows_in_fp16_is_kept_in_fp32(xl_folder, tmp_pa
     config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": True}))
     checkpoint = find_checkpoint(copied)
     assert load_pipeline(checkpoint, torch.float16).vae.dtype == torch.float32
+    stable_diffusion = load_pipeline(find_checkpoint(), torch.float16).vae
+    assert stable_diffusion.config.force_upcast  # diffusers' default, which it heeds for XL alone
+    assert stable_diffusion.dtype == torch.float16
     folder = build_engines(Request(checkpoint, dtype="fp16"), tmp_path / "engines")
     ours = EncachePipeline.from_engines(folder)
     assert ours.dtype == torch.float16
