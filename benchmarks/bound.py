@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from encache.evaluate.random_weights import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
+from encache.evaluate.random_weights import CLIP_L, SHAPES, VAE
 from encache.model.arithmetic import count_arithmetic
 from encache.model.backbone import backbone_of
 from encache.model.spec import CUTS, NO_CUT, Cut
@@ -49,7 +49,7 @@ def unet_parts(cut: Cut, rows: int) -> dict[str, tuple[float, int]]:
     slots of the ring.
     """
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_UNET)
+        unet = UNet2DConditionModel(**SHAPES["sd15"].unet)
     arithmetic = count_arithmetic(unet, cut, LATENT, LATENT)
     if cut == NO_CUT:
         return {"encoder": (arithmetic.full, num_bytes(unet)), "decoder": (0.0, 0)}
@@ -70,8 +70,8 @@ def other_parts(small: bool, rows: int) -> dict[str, tuple[float, int]]:
     With a small decoder, by AutoencoderTiny.
     """
     with torch.device("meta"):
-        text_encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER))
-        vae = AutoencoderTiny() if small else AutoencoderKL(**SD15_VAE)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
+        vae = AutoencoderTiny() if small else AutoencoderKL(**VAE)
         tokens = torch.zeros(rows, 77, dtype=torch.int64)
         latents = torch.empty(1, 4, LATENT, LATENT)
 

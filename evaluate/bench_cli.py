@@ -96,12 +96,14 @@ def main(
 
     from encache.evaluate.bench import format_table, matrix_peak
     from encache.evaluate.machine import describe_machine
-    from encache.evaluate.random_weights import find_sd15_shape
+    from encache.evaluate.random_weights import find_shape
     from encache.files import check_new, write_json
 
     if json_path:
         check_new(json_path)
-    asked = find_sd15_shape(place.engine_dir / "sd15-shape") if bench.sd15_shape else model.find()
+    asked = (
+        find_shape("sd15", place.engine_dir / "sd15-shape") if bench.sd15_shape else model.find()
+    )
     session = _Session.of(asked, bench, size, place.engine_dir)
     peak = matrix_peak(session.device, torch_dtype(session.dtype))
     rows: list[Row] = []
