@@ -54,6 +54,17 @@ COMMON = {
 #: Of FCR in the same loop: pairs up to a stride of ten apart, over the features' own size.
 REGULARISED = {"--fcr-weight": "0.1", "--fcr-form": "relative", "--fcr-stride": "10"}
 SHORT = {"--max-train-steps": "300"}
+#: The teacher's own 50 calls, an encoder run at every tenth; compared at the end of each segment.
+LONG = {
+    "--steps": "50",
+    "--stride": "10",
+    "--timestep-spacing": "leading",
+    "--prediction": "epsilon",
+    "--num-pairs": "36608",
+    "--train-batch-size": "8",
+    "--learning-rate": "3e-4",
+    "--max-train-steps": "450",
+}
 STUDENTS: dict[str, dict[str, str]] = {
     "one run": {"--max-train-steps": "3600"},
     # From the weights of one run, on new pictures besides.
@@ -65,6 +76,8 @@ STUDENTS: dict[str, dict[str, str]] = {
         "--learning-rate": "5e-4",
         "--num-pairs": "32000",
     },
+    "long, mid": {**LONG, "--cut": "mid"},
+    "long, up2": {**LONG, "--cut": "up2"},
     **{f"short {seed}": {**SHORT, "--seed": str(seed)} for seed in SEEDS},
     **{f"short, FCR {seed}": {**SHORT, **REGULARISED, "--seed": str(seed)} for seed in SEEDS},
 }

@@ -587,3 +587,13 @@ def test_prompts_are_needed_for_a_model_of_ones_own(arguments, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n\n")
     result = CliRunner().invoke(main, values)
     assert "holds no prompt" in result.stderr
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_student_that_makes_the_teachers_calls_is_compared_at_every_segments_end(prediction):
+    student = make(steps=10, stride=4, spacing="leading", prediction=prediction)
+    teacher = DDIMScheduler.from_config(student.scheduler.config, prediction_type="epsilon")
+    assert student.comparable_calls(teacher, 10) == (4, 8, 10)
+    assert student.comparable_calls(teacher, 20) == ()
+    trailing = DDIMScheduler.from_config(teacher.config, timestep_spacing="trailing")
+    assert student.comparable_calls(trailing, 10) == ()
