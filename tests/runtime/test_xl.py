@@ -177,3 +177,14 @@ def test_engines_draw_what_diffusers_draws(xl_folder, pipeline, tmp_path, cut):
     pictures = draw(ours, output_type="np", stride=3)
     assert pictures.shape == (1, 16, 24, 3)
     assert np.isfinite(pictures).all()
+
+
+def test_the_command_compares_it(xl_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--ckpt", str(xl_folder), "--backend", "torch", "--prompt", "x", "--steps", "6"]
+    result = CliRunner().invoke(main, [*command, "--compare", "--repeats", "1", "--json", "a.json"])
+    assert result.exit_code == 0, result.output
+    full, cached, fewer = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert cached["psnr"] > fewer["psnr"] or cached["psnr"] > 30
+    # Two of six calls, counted alike.
+    assert cached["gflop"] == pytest.approx(full["gflop"] / 3)
