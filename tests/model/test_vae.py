@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderTiny
+from PIL import Image
 
 from encache.errors import CheckpointError
 from encache.model.checkpoint import find_checkpoint
@@ -96,13 +97,13 @@ def test_mistakes(model_folder, vae_folder, tmp_path):
 
 
 def test_by_the_command_line(model_folder, vae_folder, tmp_path):
-    output = tmp_path / "picture.png"
-    result = CliRunner().invoke(
-        main,
-        [
-            *("--ckpt", str(model_folder), "--vae", str(vae_folder), "--backend", "torch"),
-            *("--prompt", "red apple", "--steps", "3", "--output", str(output)),
-        ],
-    )
-    assert result.exit_code == 0, result.output
-    assert output.is_file()
+    pictures = []
+    for name, more in (("a.png", ()), ("b.png", ("--vae", str(vae_folder)))):
+        command = [
+            *("--ckpt", str(model_folder), "--backend", "torch", "--output", str(tmp_path / name)),
+            *("--prompt", "red apple", "--steps", "3", *more),
+        ]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        pictures.append(Image.open(tmp_path / name).tobytes())
+    assert pictures[0] != pictures[1]

@@ -444,19 +444,41 @@ def test_an_image_is_the_same_alone_and_in_a_batch(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "facts"),
     [
-        ("--key-calls", "0,3,7", "--blend", "interpolate"),
-        ("--blend", "interpolate-refresh", "--prior-noise", "--scheduler", "heun"),
-        ("--guidance-scale", "1", "--scheduler", "pndm", "--backend", "torch", "--cut", "mid"),
-        ("--backend", "torch", "--cut", "mid", "--max-decode-batch", "2"),
-        ("--height", "40", "--width", "24"),
-        ("--steps", "20", "--key-calls", "paper", "--blend", "reuse"),
+        (
+            ("--key-calls", "0,3,7", "--blend", "interpolate"),
+            {"key_calls": [0, 3, 7], "stride": None, "blend": "interpolate"},
+        ),
+        (
+            ("--blend", "interpolate-refresh", "--prior-noise", "--scheduler", "heun"),
+            {"blend": "interpolate-refresh", "prior_noise": True},
+        ),
+        (
+            ("--guidance-scale", "1", "--scheduler", "pndm", "--backend", "torch", "--cut", "mid"),
+            {"guidance_scale": 1.0},
+        ),
+        (
+            ("--backend", "torch", "--cut", "mid", "--max-decode-batch", "2"),
+            {"max_decode_batch": 2},
+        ),
+        (("--height", "40", "--width", "24"), {"height": 40, "width": 24}),
+        (
+            ("--steps", "20", "--key-calls", "paper", "--blend", "reuse"),
+            {"num_inference_steps": 20, "key_calls": [0, 1, 2, 3, 5, 10, 15], "blend": "reuse"},
+        ),
+        (("--negative-prompt", "green pear"), {"negative_prompt": "green pear"}),
     ],
 )
-def test_options(run, arguments):
-    result = run("--prompt", "hot dog", *arguments)
-    assert result.exit_code == 0, result.output
+def test_options(run, tmp_path, arguments, facts):
+    plain, chosen = (run("--prompt", "hot dog", *more) for more in ((), arguments))
+    assert chosen.exit_code == 0, chosen.output
+    pictures = [tmp_path / result.stdout.strip() for result in (plain, chosen)]
+    said = read_metadata(pictures[1])
+    assert {name: said[name] for name in facts} == facts
+    before, after = (Image.open(path) for path in pictures)
+    assert after.size == (facts.get("width", 16), facts.get("height", 16))
+    assert before.tobytes() != after.tobytes()
 
 
 def test_dry_run_prints_the_plan(run, tmp_path):
@@ -493,8 +515,11 @@ def test_engines_are_built_on_first_use(run, tmp_path):
 
 
 def test_one_engine_folder_needs_no_checkpoint(run, engine_folder):
-    result = run("--prompt", "hot dog", ckpt=None, engines=engine_folder)
-    assert result.exit_code == 0, result.output
+    by_folder = run("--prompt", "hot dog", "--output", "a.png", ckpt=None, engines=engine_folder)
+    by_model = run("--prompt", "hot dog", "--output", "b.png")
+    assert (by_folder.stdout, by_model.stdout) == ("a.png\n", "b.png\n")
+    pictures = [Image.open(name).tobytes() for name in ("a.png", "b.png")]
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize("options", [("--cut", "mid"), ("--dtype", "fp32"), ("--compare",)])
