@@ -1,5 +1,6 @@
 """Build an engine folder: complete and renamed into place, or not there at all."""
 
+import ctypes
 import gc
 import glob
 import json
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -169,7 +170,7 @@ def _take(lock: FileLock, report: Report) -> AbstractContextManager[object]:
 def _write_engines(request: Request, folder: Path, report: Report) -> None:
     start = time.perf_counter()
     exported = _export(request, folder, report)
-    gc.collect()  # a pipeline holds itself in cycles; compilers want its memory
+    _release_memory()
     scratch_bytes = _compile(request, exported.shapes, folder, report) if request.target else {}
     manifest = Manifest(
         name=request.checkpoint.name,
@@ -186,6 +187,13 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         empty_is_zero=exported.empty_is_zero,
     )
     manifest.write(folder)
+
+
+def _release_memory() -> None:
+    """Give back what the export held, which compilers want."""
+    gc.collect()  # a pipeline holds itself in cycles
+    with suppress(OSError, AttributeError):  # glibc alone keeps, and has a way to give back
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
