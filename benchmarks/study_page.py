@@ -1,9 +1,5 @@
-"""Fill docs/study.md from benchmarks/study.json and shared.json: tables between markers, plots.
+"""The tables and plots of docs/study.md; `python benchmarks/pages.py` writes them."""
 
-python benchmarks/study_page.py
-"""
-
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +11,6 @@ from matplotlib.figure import Figure
 from encache.evaluate.distribution import bootstrap_ratio
 from encache.evaluate.headline import significant, with_interval
 from encache.evaluate.results import Interval
-
-STUDY = Path("benchmarks/study.json")
-#: Of encache-eval, with the model that was trained for one encoder run.
-SHARED = Path("benchmarks/shared.json")
-PAGE = Path("docs/study.md")
-PLOTS = Path("docs/study")
 
 Row = Mapping[str, Any]
 #: Points (x, mean, low, high) by label.
@@ -188,11 +178,11 @@ def fill(page: str, name: str, content: str) -> str:
     """Replace what stands between the markers of this name.
 
     Raises:
-        ValueError: the page has no such markers.
+        ValueError: a page has no such markers.
     """
     pattern = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(page):
-        raise ValueError(f"{PAGE} has no place for {name!r}.")
+        raise ValueError(f"The page has no place for {name!r}.")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", page)
 
 
@@ -247,11 +237,9 @@ def uniform(row: Row) -> bool:
     return row["key_calls"] == list(range(0, row["num_calls"], int(stride(row))))
 
 
-def main() -> None:
-    """Read, plot, fill."""
-    study = json.loads(STUDY.read_text())
-    answers = study["answers"]
-    PLOTS.mkdir(exist_ok=True)
+def draw(answers: Mapping[str, Sequence[Row]], folder: Path) -> None:
+    """The page's plots."""
+    folder.mkdir(exist_ok=True)
     plain = [row for row in answers["plain sampling with fewer steps"] if row["plain"]]
     blends = [row for row in answers["which blend"] if not row["plain"]]
 
@@ -264,12 +252,17 @@ def main() -> None:
         if row["blend"] == "extrapolate" and uniform(row)
     ]
     cuts = lines_of([*plain, *extrapolated], cut_label, share)
-    plot(cuts, "share of the arithmetic", PLOTS / "cuts.svg")
+    plot(cuts, "share of the arithmetic", folder / "cuts.svg")
     for cut in ("mid", "none"):
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
-        plot(lines, "stride", PLOTS / f"blends-{cut}.svg", logarithmic=True)
-    page = PAGE.read_text()
+        plot(lines, "stride", folder / f"blends-{cut}.svg", logarithmic=True)
+
+
+def fill_page(page: str, study: Mapping[str, Any], shared: Sequence[Row]) -> str:
+    """docs/study.md with the tables of study.json, and of shared.json's rows."""
+    answers = study["answers"]
+    plain = [row for row in answers["plain sampling with fewer steps"] if row["plain"]]
     trained = study["protocol"]["training"]["variants"]
     variants = [name for name in trained if f"{name} against the shipped model" in answers]
     for name, rows in answers.items():
@@ -286,11 +279,5 @@ def main() -> None:
             page = fill(page, "pictures", pictures_table(full_runs))
     page = fill(page, "features", features_table(study["features"]))
     page = fill(page, "drift", drift_table(study["drift"]))
-    shared = json.loads(SHARED.read_text())["rows"]
     page = fill(page, "one encoder run", shared_table(shared))
-    page = fill(page, "FCR in the same loop", regularised_table(shared))
-    PAGE.write_text(page)
-
-
-if __name__ == "__main__":
-    main()
+    return fill(page, "FCR in the same loop", regularised_table(shared))
