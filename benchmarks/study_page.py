@@ -40,7 +40,7 @@ def table(rows: Sequence[Row]) -> str:
         "encoder runs": lambda row: str(row["encoder_runs"]),
         "arithmetic": lambda row: f"{row['share']:.2f}",
         "latent error": lambda row: interval(row["latent_error"]),
-        "times plain": lambda row: interval(row["times_plain"]),
+        "times equal-cost": lambda row: interval(row["times_plain"]),
         "PSNR": lambda row: f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
         "Frechet": lambda row: number(row["frechet"]),
         "retrieved": lambda row: f"{row['retrieval']['mean']:.0%}" if row["retrieval"] else "",
@@ -49,6 +49,71 @@ def table(rows: Sequence[Row]) -> str:
     cells = {name: [fill(row) for row in rows] for name, fill in columns.items()}
     filled = {name: column for name, column in cells.items() if any(column)}
     return markdown(list(filled), zip(*filled.values(), strict=True))
+
+
+def lead_table(answers: Mapping[str, Sequence[Row]]) -> str:
+    """Errors of the output cache as multiples of the equal-cost sampler's, by stride."""
+    blends = ("extrapolate", "interpolate")
+    sources = [
+        (answers[name], blend) for name in ("which blend", "the same start") for blend in blends
+    ]
+    cells = []
+    for stride_ in (2, 3, 5, 10, 20):
+        name = "ddim, 50 steps, none, {}, stride " + str(stride_)
+        found = [named(rows, name.format(blend)) for rows, blend in sources]
+        first = next(row for row in found if row)
+        cells.append((str(stride_), f"{first['share']:.2f}", *map(lead, found)))
+    heads = [*blends, *(f"{blend}, one start" for blend in blends)]
+    return markdown(["stride", "arithmetic", *heads], cells)
+
+
+def runs_table(answers: Mapping[str, Sequence[Row]]) -> str:
+    """The same with `extrapolate`, by runs of the UNet, for three full samplers."""
+    samplers = {
+        "of 50 DDIM calls": ("which blend", "ddim, 50 steps"),
+        "of 20 DDIM calls": ("few DDIM steps", "ddim, 20 steps"),
+        "of 20 DPM-Solver++ calls": ("few DPM-Solver++ steps", "dpmsolver++, 20 steps"),
+    }
+    found = {
+        (head, row["encoder_runs"]): row
+        for head, (name, full) in samplers.items()
+        for row in answers[name]
+        if short_name(row).startswith(f"{full}, none, extrapolate, stride")
+    }
+    counts = sorted({runs for _, runs in found}, reverse=True)
+    cells = [(str(n), *(lead(found.get((head, n))) for head in samplers)) for n in counts]
+    return markdown(["runs of the UNet", *samplers], cells)
+
+
+def less_than_reuse_table(answers: Mapping[str, Sequence[Row]]) -> str:
+    """How much less error settings have than `reuse` at the cut mid and the same stride."""
+    rows = [*answers["which blend"], *answers["prior noise"]]
+    settings = [
+        *(f"mid, {blend}" for blend in ("extrapolate", "interpolate", "interpolate-refresh")),
+        *("none, extrapolate", "none, interpolate", "none, extrapolate, prior noise"),
+    ]
+
+    def error(setting: str, stride_: int) -> float | None:
+        cut, blend, *more = setting.split(", ")
+        row = named(rows, ", ".join(("ddim, 50 steps", cut, blend, f"stride {stride_}", *more)))
+        return row["latent_error"]["mean"] if row else None
+
+    def less(setting: str, stride_: int) -> str:
+        ours, theirs = error(setting, stride_), error("mid, reuse", stride_)
+        return f"{1 - ours / theirs:.0%}" if ours and theirs else ""
+
+    cells = [(f"cut {one}", *(less(one, stride_) for stride_ in (5, 10))) for one in settings]
+    return markdown(["setting", "stride 5", "stride 10"], cells)
+
+
+def named(rows: Sequence[Row], name: str) -> Row | None:
+    """The row of a setting, if it was measured."""
+    return next((row for row in rows if short_name(row) == name), None)
+
+
+def lead(row: Row | None) -> str:
+    """The error as a multiple of the equal-cost sampler's, in the mean."""
+    return significant(row["times_plain"]["mean"]) if row and row["times_plain"] else ""
 
 
 def shared_table(rows: Sequence[Row]) -> str:
@@ -268,6 +333,9 @@ def fill_page(page: str, study: Mapping[str, Any], shared: Sequence[Row]) -> str
     for name, rows in answers.items():
         if not name.startswith(tuple(variants)):
             page = fill(page, name, table(rows))
+    page = fill(page, "lead", lead_table(answers))
+    page = fill(page, "lead by runs", runs_table(answers))
+    page = fill(page, "less than reuse", less_than_reuse_table(answers))
     shipped = [*answers["where to cut"], *answers["which blend"]]
     for reference in ("its own full run", "the shipped model"):
         models = {name: answers[f"{name} against {reference}"] for name in variants}
