@@ -8,6 +8,7 @@ docs/study.md are drawn too.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,12 @@ def equal_cost(rows: Rows, row: Row) -> Row:
 
 
 def cpu_table(report: Mapping[str, Any]) -> str:
-    """Speeds against diffusers, quality, and the equal-cost sampler."""
+    """Speeds against diffusers, quality, and the equal-cost sampler on ONNX Runtime."""
     torch, ort = rows_of(report, "torch"), rows_of(report, "onnxruntime")
     (plain,) = rows_of(report, "diffusers").values()
 
     def quality(row: Row) -> str:
-        return "" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        return "" if row["psnr"] is None else f"{row['psnr']:.1f}"
 
     def speed(row: Row) -> str:
         return f"{row['speed']:.1f}x"
@@ -100,14 +101,18 @@ def cpu_table(report: Mapping[str, Any]) -> str:
             cells.append((*shared, "", "", "", ""))
             continue
         opponent = equal_cost(ort, row)
-        cost = f" ({gflop(opponent)} GFLOP)" if opponent["gflop"] > row["gflop"] else ""
-        against = [f"{opponent['sampling']}{cost}", speed(opponent), quality(opponent)]
+        steps = opponent["sampling"]
+        if opponent["gflop"] > row["gflop"]:  # cheaper ones were not measured
+            steps = f"dearer: {steps}, {gflop(opponent)} GFLOP"
+        against = [steps, speed(opponent), quality(opponent)]
         cells.append((*shared, quality(row), *against))
     for peer in PEERS:
         for sampling, row in rows_of(report, f"diffusers, {peer}").items():
             cells.append((f"{peer}, {sampling}", "", speed(row), "", quality(row), "", "", ""))
-    heads = ["way to sample", "GFLOP", "PyTorch", "ONNX Runtime", "PSNR"]
-    return markdown([*heads, "equal-cost sampler", "its speed", "its PSNR"], cells)
+    heads = ["way to sample", "GFLOP", "PyTorch", "ONNX Runtime", "PSNR, dB"]
+    return markdown(
+        [*heads, "equal-cost sampler", "its speed, ONNX Runtime", "its PSNR, dB"], cells
+    )
 
 
 def count_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -125,20 +130,12 @@ def count_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
                 continue
             row = rows[sampling]
             outside = row["parts"]["outside"] / sum(row["parts"].values())
-            ratios = (ratio(of, row) for of in (counted, unet_seconds, whole_seconds))
+            ratios = (
+                ratio(of, row) for of in (itemgetter("gflop"), unet_seconds, itemgetter("seconds"))
+            )
             cells.append((model, WAYS.get(sampling, sampling), *ratios, f"{outside:.1%}"))
     heads = ["model", "setting", "by the count", "in the UNet", "whole picture"]
     return markdown([*heads, "outside the engines"], cells)
-
-
-def counted(row: Row) -> float:
-    """GFLOP of the UNet for a picture."""
-    return row["gflop"]
-
-
-def whole_seconds(row: Row) -> float:
-    """Of a picture: the median."""
-    return row["seconds"]
 
 
 def unet_seconds(row: Row) -> float:

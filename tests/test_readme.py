@@ -48,29 +48,34 @@ TUNED = ("runs/shared/shared.safetensors", "runs/fcr/fcr.safetensors", "fcr.safe
 
 
 def blocks(language):
-    """The fenced blocks of all pages in a language, each with a name for its test."""
-    return [
-        pytest.param(text, id=f"{page.relative_to(ROOT)}-{index}")
-        for page in PAGES
-        for index, (found, text) in enumerate(FENCED.findall(page.read_text()))
-        if found == language
-    ]
+    """The fenced blocks of all pages in a language, with their page's name."""
+    for page in PAGES:
+        for found, text in FENCED.findall(page.read_text()):
+            if found == language:
+                yield str(page.relative_to(ROOT)), text
 
 
-def commands_of(block):
+def split(block):
     """The commands of a block, as a shell splits them."""
-    lines = block.replace("\\\n", " ").splitlines()
-    for line in lines:
+    for line in block.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|<>")
         lexer.whitespace_split = True
         words = []
         for word in [*lexer, "&&"]:
-            if word in ("&&", "|"):
-                if words:
-                    yield words
-                words = []
-            else:
+            if word not in ("&&", "|"):
                 words.append(word)
+            elif words:
+                yield tuple(words)
+                words = []
+
+
+def commands():
+    """Every command of all pages, once, in their order."""
+    found = {}
+    for page, block in blocks("sh"):
+        for words in split(block):
+            found.setdefault(words, page)
+    return [pytest.param(words, id=f"{page}: {' '.join(words)}") for words, page in found.items()]
 
 
 @cache
@@ -97,23 +102,20 @@ def options_of(command):
     return names
 
 
-@pytest.fixture
-def terminal(tmp_path, monkeypatch, model_folder, engine_folder):
-    """A folder in which everything lies that the pages take for granted."""
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory, model_folder, engine_folder):
+    """Work in one folder, in which everything lies that the pages take for granted."""
     from encache.model import checkpoint
 
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    default = tmp_path / model_folder.name
+    folder, other = tmp_path_factory.mktemp("terminal"), tmp_path_factory.mktemp("models")
+    default = other / model_folder.name
     shutil.copytree(model_folder, default)
     (default / "prompts.txt").write_text("red apple\nhot dog\n")
-    monkeypatch.setattr(checkpoint, "default_model", lambda: default)
     for name in MODELS:
         link(folder / name, model_folder)
     link(folder / "engines" / engine_folder.name, engine_folder)
     link(folder / "engines" / "NAME-KEY", engine_folder)
-    tuned = save_tuned(tmp_path, model_folder, ONE_SEGMENT).weights
+    tuned = save_tuned(other, model_folder, ONE_SEGMENT).weights
     for name in TUNED:
         link(folder / name, tuned)
     (folder / "path/to/pictures").mkdir()
@@ -121,7 +123,10 @@ def terminal(tmp_path, monkeypatch, model_folder, engine_folder):
     (folder / "prompts.txt").write_text("a red apple\na green pear\n")
     captions = {"annotations": [{"image_id": 1, "id": 1, "caption": "a red apple"}]}
     (folder / "captions_val2014.json").write_text(json.dumps(captions))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(checkpoint, "default_model", lambda: default)
+        yield
 
 
 def link(path, target):
@@ -188,26 +193,26 @@ def look_at_python(words):
             assert f'"{word}"' in script.read_text(), f"{words[0]} has no {word}"
 
 
-@pytest.mark.parametrize("block", blocks("sh"))
-def test_what_a_user_types(block, terminal, monkeypatch):
-    commands = list(commands_of(block))
-    assert commands
-    for program, *arguments in commands:
-        name = program.removeprefix(".venv/bin/")
-        if name in PROJECT["scripts"]:
-            type_command(name, arguments, monkeypatch)
-        elif name in ("pip", "uv"):
-            look_at_install(arguments)
-        elif name in ("python", "python3"):
-            look_at_python(arguments)
-        else:
-            assert name in (".", "grep"), f"Nobody has said how {program} is tested."
+@pytest.mark.parametrize("words", commands())
+@pytest.mark.usefixtures("terminal")
+def test_what_a_user_types(words, monkeypatch):
+    program, *arguments = words
+    name = program.removeprefix(".venv/bin/")
+    if name in PROJECT["scripts"]:
+        type_command(name, arguments, monkeypatch)
+    elif name in ("pip", "uv"):
+        look_at_install(arguments)
+    elif name in ("python", "python3"):
+        look_at_python(arguments)
+    else:
+        assert name in (".", "grep"), f"Nobody has said how {program} is tested."
 
 
-@pytest.mark.parametrize("block", blocks("python"))
-def test_what_a_user_writes(block, terminal):
+@pytest.mark.parametrize(("page", "block"), list(blocks("python")))
+@pytest.mark.usefixtures("terminal")
+def test_what_a_user_writes(page, block):
     names = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, page, "exec"), names)
     assert names["image"].size == (16, 16)
 
 
