@@ -4,7 +4,7 @@
     python benchmarks/study.py train        # the fine-tuned variants: hours on two cores
     python benchmarks/study.py sample       # likewise
     python benchmarks/study.py report       # benchmarks/study.json
-    python benchmarks/study_page.py         # tables and plots
+    python benchmarks/pages.py              # tables and plots
 
 Everything lies in runs/study; a repeated command goes on where it stopped.
 """

@@ -1,9 +1,5 @@
-"""Fill docs/study.md from benchmarks/study.json and shared.json: tables between markers, plots.
+"""The tables and plots of docs/study.md; `python benchmarks/pages.py` writes them."""
 
-python benchmarks/study_page.py
-"""
-
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +11,6 @@ from matplotlib.figure import Figure
 from encache.evaluate.distribution import bootstrap_ratio
 from encache.evaluate.headline import significant, with_interval
 from encache.evaluate.results import Interval
-
-STUDY = Path("benchmarks/study.json")
-#: Of encache-eval, with the model that was trained for one encoder run.
-SHARED = Path("benchmarks/shared.json")
-PAGE = Path("docs/study.md")
-PLOTS = Path("docs/study")
 
 Row = Mapping[str, Any]
 #: Points (x, mean, low, high) by label.
@@ -50,7 +40,7 @@ def table(rows: Sequence[Row]) -> str:
         "encoder runs": lambda row: str(row["encoder_runs"]),
         "arithmetic": lambda row: f"{row['share']:.2f}",
         "latent error": lambda row: interval(row["latent_error"]),
-        "times plain": lambda row: interval(row["times_plain"]),
+        "times equal-cost": lambda row: interval(row["times_plain"]),
         "PSNR": lambda row: f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
         "Frechet": lambda row: number(row["frechet"]),
         "retrieved": lambda row: f"{row['retrieval']['mean']:.0%}" if row["retrieval"] else "",
@@ -59,6 +49,71 @@ def table(rows: Sequence[Row]) -> str:
     cells = {name: [fill(row) for row in rows] for name, fill in columns.items()}
     filled = {name: column for name, column in cells.items() if any(column)}
     return markdown(list(filled), zip(*filled.values(), strict=True))
+
+
+def lead_table(answers: Mapping[str, Sequence[Row]]) -> str:
+    """Errors of the output cache as multiples of the equal-cost sampler's, by stride."""
+    blends = ("extrapolate", "interpolate")
+    sources = [
+        (answers[name], blend) for name in ("which blend", "the same start") for blend in blends
+    ]
+    cells = []
+    for stride_ in (2, 3, 5, 10, 20):
+        name = "ddim, 50 steps, none, {}, stride " + str(stride_)
+        found = [named(rows, name.format(blend)) for rows, blend in sources]
+        first = next(row for row in found if row)
+        cells.append((str(stride_), f"{first['share']:.2f}", *map(lead, found)))
+    heads = [*blends, *(f"{blend}, one start" for blend in blends)]
+    return markdown(["stride", "arithmetic", *heads], cells)
+
+
+def runs_table(answers: Mapping[str, Sequence[Row]]) -> str:
+    """The same with `extrapolate`, by runs of the UNet, for three full samplers."""
+    samplers = {
+        "of 50 DDIM calls": ("which blend", "ddim, 50 steps"),
+        "of 20 DDIM calls": ("few DDIM steps", "ddim, 20 steps"),
+        "of 20 DPM-Solver++ calls": ("few DPM-Solver++ steps", "dpmsolver++, 20 steps"),
+    }
+    found = {
+        (head, row["encoder_runs"]): row
+        for head, (name, full) in samplers.items()
+        for row in answers[name]
+        if short_name(row).startswith(f"{full}, none, extrapolate, stride")
+    }
+    counts = sorted({runs for _, runs in found}, reverse=True)
+    cells = [(str(n), *(lead(found.get((head, n))) for head in samplers)) for n in counts]
+    return markdown(["runs of the UNet", *samplers], cells)
+
+
+def less_than_reuse_table(answers: Mapping[str, Sequence[Row]]) -> str:
+    """How much less error settings have than `reuse` at the cut mid and the same stride."""
+    rows = [*answers["which blend"], *answers["prior noise"]]
+    settings = [
+        *(f"mid, {blend}" for blend in ("extrapolate", "interpolate", "interpolate-refresh")),
+        *("none, extrapolate", "none, interpolate", "none, extrapolate, prior noise"),
+    ]
+
+    def error(setting: str, stride_: int) -> float | None:
+        cut, blend, *more = setting.split(", ")
+        row = named(rows, ", ".join(("ddim, 50 steps", cut, blend, f"stride {stride_}", *more)))
+        return row["latent_error"]["mean"] if row else None
+
+    def less(setting: str, stride_: int) -> str:
+        ours, theirs = error(setting, stride_), error("mid, reuse", stride_)
+        return f"{1 - ours / theirs:.0%}" if ours and theirs else ""
+
+    cells = [(f"cut {one}", *(less(one, stride_) for stride_ in (5, 10))) for one in settings]
+    return markdown(["setting", "stride 5", "stride 10"], cells)
+
+
+def named(rows: Sequence[Row], name: str) -> Row | None:
+    """The row of a setting, if it was measured."""
+    return next((row for row in rows if short_name(row) == name), None)
+
+
+def lead(row: Row | None) -> str:
+    """The error as a multiple of the equal-cost sampler's, in the mean."""
+    return significant(row["times_plain"]["mean"]) if row and row["times_plain"] else ""
 
 
 def shared_table(rows: Sequence[Row]) -> str:
@@ -188,11 +243,11 @@ def fill(page: str, name: str, content: str) -> str:
     """Replace what stands between the markers of this name.
 
     Raises:
-        ValueError: the page has no such markers.
+        ValueError: a page has no such markers.
     """
     pattern = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(page):
-        raise ValueError(f"{PAGE} has no place for {name!r}.")
+        raise ValueError(f"The page has no place for {name!r}.")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", page)
 
 
@@ -247,11 +302,9 @@ def uniform(row: Row) -> bool:
     return row["key_calls"] == list(range(0, row["num_calls"], int(stride(row))))
 
 
-def main() -> None:
-    """Read, plot, fill."""
-    study = json.loads(STUDY.read_text())
-    answers = study["answers"]
-    PLOTS.mkdir(exist_ok=True)
+def draw(answers: Mapping[str, Sequence[Row]], folder: Path) -> None:
+    """The page's plots."""
+    folder.mkdir(exist_ok=True)
     plain = [row for row in answers["plain sampling with fewer steps"] if row["plain"]]
     blends = [row for row in answers["which blend"] if not row["plain"]]
 
@@ -264,17 +317,25 @@ def main() -> None:
         if row["blend"] == "extrapolate" and uniform(row)
     ]
     cuts = lines_of([*plain, *extrapolated], cut_label, share)
-    plot(cuts, "share of the arithmetic", PLOTS / "cuts.svg")
+    plot(cuts, "share of the arithmetic", folder / "cuts.svg")
     for cut in ("mid", "none"):
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
-        plot(lines, "stride", PLOTS / f"blends-{cut}.svg", logarithmic=True)
-    page = PAGE.read_text()
+        plot(lines, "stride", folder / f"blends-{cut}.svg", logarithmic=True)
+
+
+def fill_page(page: str, study: Mapping[str, Any], shared: Sequence[Row]) -> str:
+    """docs/study.md with the tables of study.json, and of shared.json's rows."""
+    answers = study["answers"]
+    plain = [row for row in answers["plain sampling with fewer steps"] if row["plain"]]
     trained = study["protocol"]["training"]["variants"]
     variants = [name for name in trained if f"{name} against the shipped model" in answers]
     for name, rows in answers.items():
         if not name.startswith(tuple(variants)):
             page = fill(page, name, table(rows))
+    page = fill(page, "lead", lead_table(answers))
+    page = fill(page, "lead by runs", runs_table(answers))
+    page = fill(page, "less than reuse", less_than_reuse_table(answers))
     shipped = [*answers["where to cut"], *answers["which blend"]]
     for reference in ("its own full run", "the shipped model"):
         models = {name: answers[f"{name} against {reference}"] for name in variants}
@@ -286,11 +347,5 @@ def main() -> None:
             page = fill(page, "pictures", pictures_table(full_runs))
     page = fill(page, "features", features_table(study["features"]))
     page = fill(page, "drift", drift_table(study["drift"]))
-    shared = json.loads(SHARED.read_text())["rows"]
     page = fill(page, "one encoder run", shared_table(shared))
-    page = fill(page, "FCR in the same loop", regularised_table(shared))
-    PAGE.write_text(page)
-
-
-if __name__ == "__main__":
-    main()
+    return fill(page, "FCR in the same loop", regularised_table(shared))

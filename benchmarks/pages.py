@@ -1,0 +1,234 @@
+"""Write the tables of README.md, docs/performance.md and docs/study.md from benchmarks/*.json.
+
+    python benchmarks/pages.py
+
+A table stands between markers of its name; the rest of a page is left as it is. The plots of
+docs/study.md are drawn too.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import study_page
+from study_page import fill, interval, markdown, number
+
+from encache.evaluate.headline import significant
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+#: What wrote each benchmark.
+COMMANDS = {
+    "cpu.json": "encache-bench --ckpt model/emoji/shared.safetensors --guidance-scale 3 "
+    "--repeats 16 --json benchmarks/cpu.json",
+    "cpu_sd15_shape.json": "encache-bench --sd15-shape --height 128 --width 128 --steps 10 "
+    "--stride 5 --cut mid --cut none --backend onnxruntime --repeats 2 "
+    "--json benchmarks/cpu_sd15_shape.json",
+}
+#: Rows of the README's table: what the benchmark calls them, and what a reader does.
+WAYS = {
+    "50 steps": "full sampler, 50 calls",
+    "cut up2, stride 5": "cut up2, stride 5",
+    "cut none, stride 3": "output cache, stride 3 (default)",
+    "cut none, stride 5": "output cache, stride 5",
+    "cut none, stride 10": "output cache, stride 10",
+    "trained for 1 of 4 calls": "one encoder run (`--fast`)",
+}
+PEERS = ("tomesd", "DeepCache")
+#: Rows of docs/performance.md's table, as the benchmark calls them.
+COUNTED = (
+    *(f"cut {cut}, stride {n}" for cut in ("mid", "up2") for n in (5, 10)),
+    *(f"cut none, stride {n}" for n in (3, 5, 10)),
+    "trained for 1 of 4 calls",
+)
+#: Rows of the README's table of one encoder run, likewise.
+SAMPLERS = {
+    "shipped, 50 steps": "full sampler",
+    "shipped, 5 steps": "plain sampler, 5 steps",
+    "two runs, 8 steps, mid, reuse, stride 4, guidance 1": "two encoder runs (not shipped)",
+    "shipped, 3 steps": "plain sampler, 3 steps",
+    "shipped for one run, 4 steps, mid, reuse, stride 4, guidance 1": "one encoder run (`--fast`)",
+}
+#: Manifests of compiled engines, by cut.
+MANIFESTS = {"mid": "sd15_rtx4090_mid.json", "none": "sd15_rtx4090_out.json"}
+GRAPHS = ("unet_encoder", "unet_decoder", "text_encoder", "vae_decoder")
+
+#: Of encache-bench: one contender, and the contenders of one backend by their sampling.
+Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
+
+
+def read(name: str) -> Any:
+    """A committed result."""
+    return json.loads((HERE / name).read_text())
+
+
+def rows_of(report: Mapping[str, Any], backend: str) -> Rows:
+    """A backend's contenders by their sampling."""
+    return {row["sampling"]: row for row in report["rows"] if row["backend"] == backend}
+
+
+def equal_cost(rows: Rows, row: Row) -> Row:
+    """The plain sampler that costs at most as much; the cheapest, if none does."""
+    plain = sorted(
+        (one for name, one in rows.items() if name.endswith(" steps")), key=lambda one: one["gflop"]
+    )
+    within = [one for one in plain if one["gflop"] <= row["gflop"] * (1 + 1e-9)]
+    return (within or plain[:1])[-1]
+
+
+def cpu_table(report: Mapping[str, Any]) -> str:
+    """Speeds against diffusers, quality, and the equal-cost sampler on ONNX Runtime."""
+    torch, ort = rows_of(report, "torch"), rows_of(report, "onnxruntime")
+    (plain,) = rows_of(report, "diffusers").values()
+
+    def quality(row: Row) -> str:
+        return "" if row["psnr"] is None else f"{row['psnr']:.1f}"
+
+    def speed(row: Row) -> str:
+        return f"{row['speed']:.1f}x"
+
+    def gflop(row: Row) -> str:
+        return f"{row['gflop']:.1f}"
+
+    cells = [("diffusers", gflop(plain), f"1x ({plain['seconds']:.2f} s)", "", "", "", "", "")]
+    for sampling, way in WAYS.items():
+        row = ort[sampling]
+        shared = [way, gflop(row), speed(torch[sampling]), speed(row)]
+        if sampling.endswith(" steps"):  # what PSNR is measured against
+            cells.append((*shared, "", "", "", ""))
+            continue
+        opponent = equal_cost(ort, row)
+        steps = opponent["sampling"]
+        if opponent["gflop"] > row["gflop"]:  # cheaper ones were not measured
+            steps = f"dearer: {steps}, {gflop(opponent)} GFLOP"
+        against = [steps, speed(opponent), quality(opponent)]
+        cells.append((*shared, quality(row), *against))
+    for peer in PEERS:
+        for sampling, row in rows_of(report, f"diffusers, {peer}").items():
+            cells.append((f"{peer}, {sampling}", "", speed(row), "", quality(row), "", "", ""))
+    heads = ["way to sample", "GFLOP", "PyTorch", "ONNX Runtime", "PSNR, dB"]
+    return markdown(
+        [*heads, "equal-cost sampler", "its speed, ONNX Runtime", "its PSNR, dB"], cells
+    )
+
+
+def count_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the arithmetic predicts, and what was measured, against the full sampler."""
+    cells = []
+    for model, report in reports.items():
+        rows = rows_of(report, "onnxruntime")
+        full = rows[f"{report['task']['steps']} steps"]
+
+        def ratio(of: Callable[[Row], float], row: Row, full: Row = full) -> str:
+            return f"{significant(round(of(full) / of(row), 6), 3)}x"
+
+        for sampling in COUNTED:
+            if sampling not in rows:
+                continue
+            row = rows[sampling]
+            outside = row["parts"]["outside"] / sum(row["parts"].values())
+            ratios = (
+                ratio(of, row) for of in (itemgetter("gflop"), unet_seconds, itemgetter("seconds"))
+            )
+            cells.append((model, WAYS.get(sampling, sampling), *ratios, f"{outside:.1%}"))
+    heads = ["model", "setting", "by the count", "in the UNet", "whole picture"]
+    return markdown([*heads, "outside the engines"], cells)
+
+
+def unet_seconds(row: Row) -> float:
+    """Spent in both halves, in one run."""
+    return row["parts"]["encode"] + row["parts"]["decode"]
+
+
+def protocol_table(names: Sequence[str]) -> str:
+    """Which command wrote a result, where, when, on how many pictures."""
+    cells = []
+    for name in names:
+        report = read(name)
+        machine, task = report["machine"], report["task"]
+        cells.append(
+            (
+                f"`benchmarks/{name}`",
+                f"`{COMMANDS[name]}`",
+                f"{machine['cores']} cores of an {machine['cpu']}, no GPU",
+                report["dtype"],
+                str(task["steps"]),
+                str(report["repeats"]),
+                machine["date"],
+            )
+        )
+    return markdown(["result", "command", "machine", "dtype", "calls", "N", "date"], cells)
+
+
+def shared_table(rows: Sequence[Row]) -> str:
+    """What one encoder run draws beside plain samplers."""
+    found = {row["name"]: row for row in rows}
+    cells = [
+        (
+            name,
+            f"{100 * found[key]['share']:.1f}",
+            interval(found[key]["latent_error"]),
+            number(found[key]["frechet"]),
+        )
+        for key, name in SAMPLERS.items()
+    ]
+    return markdown(["sampler", "rows of the UNet", "latent error", "Frechet distance"], cells)
+
+
+def engines_table(manifests: Mapping[str, Mapping[str, Any]]) -> str:
+    """What compiling took, and the scratch memory of each engine."""
+
+    def scratch(manifest: Mapping[str, Any], graph: str) -> str:
+        size = manifest["scratch_bytes"].get(graph)
+        return "none" if size is None else f"{size / 2**20:.0f}"
+
+    cells = [
+        (cut, f"{one['build_seconds']:.0f}", *(scratch(one, graph) for graph in GRAPHS))
+        for cut, one in manifests.items()
+    ]
+    parts = ["encoder", "decoder (10 calls)", "text encoder", "image decoder"]
+    return markdown(["cut", "seconds", *parts], cells)
+
+
+def fill_readme(page: str) -> str:
+    """README.md with its tables."""
+    page = fill(page, "cpu", cpu_table(read("cpu.json")))
+    page = fill(page, "cpu protocol", protocol_table(["cpu.json"]))
+    return fill(page, "one encoder run", shared_table(read("shared.json")["rows"]))
+
+
+def fill_performance(page: str) -> str:
+    """docs/performance.md with its tables."""
+    reports = {"default": read("cpu.json"), "v1.5 shape": read("cpu_sd15_shape.json")}
+    page = fill(page, "cpu by the count", count_table(reports))
+    page = fill(page, "cpu protocol", protocol_table(list(COMMANDS)))
+    manifests = {cut: read(name) for cut, name in MANIFESTS.items()}
+    return fill(page, "engines", engines_table(manifests))
+
+
+def fill_study(page: str) -> str:
+    """docs/study.md with its tables."""
+    return study_page.fill_page(page, read("study.json"), read("shared.json")["rows"])
+
+
+#: Every page that has tables of measurements, and what fills them.
+PAGES: dict[str, Callable[[str], str]] = {
+    "README.md": fill_readme,
+    "docs/performance.md": fill_performance,
+    "docs/study.md": fill_study,
+}
+
+
+def main() -> None:
+    """Fill every page, then draw the plots."""
+    for name, fill_it in PAGES.items():
+        path = ROOT / name
+        path.write_text(fill_it(path.read_text()))
+    study_page.draw(read("study.json")["answers"], ROOT / "docs" / "study")
+
+
+if __name__ == "__main__":
+    main()
