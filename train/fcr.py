@@ -91,9 +91,17 @@ def consistency(
         older, newer: features of the same pictures at t and at t - D, each [B, C, h', w'].
         form: see `FCR`.
         stop_grad: see `FCR`.
+
+    Raises:
+        EncacheError: features of one pixel have no spread.
     """
     differences = []
     for old, new in zip(older, newer, strict=True):
+        if form == "spread" and old.shape[-2:].numel() == 1:
+            raise EncacheError(
+                "Features of one pixel have no spread, by which --fcr-form spread divides. Train "
+                "on larger pictures (--resolution), or use --fcr-form relative."
+            )
         old = old.detach() if stop_grad == "older" else old
         new = new.detach() if stop_grad == "newer" else new
         change = mean_square(old - new)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from encache.errors import EncacheError
 from encache.model.spec import FEATURE_CUTS
 from encache.model.split import Halves
 from encache.train.fcr import FCR, FCRObjective, NoisedBatch, consistency
@@ -15,7 +16,7 @@ ALPHAS = stable_diffusion_scheduler().alphas_cumprod
 
 def make_batch(size=3):
     generator = torch.Generator().manual_seed(1)
-    clean, noise = torch.randn(2, size, 4, 8, 8, generator=generator)
+    clean, noise = torch.randn(2, size, 4, 16, 16, generator=generator)
     return NoisedBatch(
         clean=clean,
         noise=noise,
@@ -204,3 +205,9 @@ def test_the_teacher_is_no_part_of_the_model():
     names = [name for name, _ in plain.named_parameters()]
     assert [name for name, _ in distilled.named_parameters()] == names
     assert distilled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_features_of_one_pixel_have_no_spread():
+    one_pixel = [torch.randn(2, 4, 1, 1)]
+    with pytest.raises(EncacheError, match="--resolution"):
+        consistency(one_pixel, one_pixel, "spread", "none")
