@@ -51,9 +51,19 @@ SAMPLERS = {
     "shipped, 3 steps": "plain sampler, 3 steps",
     "shipped for one run, 4 steps, mid, reuse, stride 4, guidance 1": "one encoder run (`--fast`)",
 }
-#: Manifests of compiled engines, by cut.
-MANIFESTS = {"mid": "sd15_rtx4090_mid.json", "none": "sd15_rtx4090_out.json"}
-GRAPHS = ("unet_encoder", "unet_decoder", "text_encoder", "vae_decoder")
+#: Manifests of compiled engines, or what was noted of them, by shape and cut.
+MANIFESTS = {
+    ("v1.5", "mid"): "sd15_rtx4090_mid.json",
+    ("v1.5", "none"): "sd15_rtx4090_out.json",
+    ("XL", "none"): "sdxl_rtx4090_none.json",
+}
+#: Graphs that share a column of the table.
+GRAPHS = (
+    ("unet_encoder", "unet"),
+    ("unet_decoder",),
+    ("text_encoder", "text_encoder_2"),
+    ("vae_decoder",),
+)
 
 #: Of encache-bench: one contender, and the contenders of one backend by their sampling.
 Row = Mapping[str, Any]
@@ -178,19 +188,19 @@ def shared_table(rows: Sequence[Row]) -> str:
     return markdown(["sampler", "rows of the UNet", "latent error", "Frechet distance"], cells)
 
 
-def engines_table(manifests: Mapping[str, Mapping[str, Any]]) -> str:
+def engines_table(manifests: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """What compiling took, and the scratch memory of each engine."""
 
-    def scratch(manifest: Mapping[str, Any], graph: str) -> str:
-        size = manifest["scratch_bytes"].get(graph)
-        return "none" if size is None else f"{size / 2**20:.0f}"
+    def scratch(manifest: Mapping[str, Any], graphs: Sequence[str]) -> str:
+        sizes = [manifest["scratch_bytes"].get(graph) for graph in graphs]
+        return ", ".join(f"{size / 2**20:.0f}" for size in sizes if size is not None) or "none"
 
     cells = [
-        (cut, f"{one['build_seconds']:.0f}", *(scratch(one, graph) for graph in GRAPHS))
-        for cut, one in manifests.items()
+        (*which, f"{one['build_seconds']:.0f}", *(scratch(one, graphs) for graphs in GRAPHS))
+        for which, one in manifests.items()
     ]
-    parts = ["encoder", "decoder (10 calls)", "text encoder", "image decoder"]
-    return markdown(["cut", "seconds", *parts], cells)
+    parts = ["whole or encoder", "decoder (10 calls)", "text encoders", "image decoder"]
+    return markdown(["shape", "cut", "seconds", *parts], cells)
 
 
 def fill_readme(page: str) -> str:
@@ -205,7 +215,7 @@ def fill_performance(page: str) -> str:
     reports = {"default": read("cpu.json"), "v1.5 shape": read("cpu_sd15_shape.json")}
     page = fill(page, "cpu by the count", count_table(reports))
     page = fill(page, "cpu protocol", protocol_table(list(COMMANDS)))
-    manifests = {cut: read(name) for cut, name in MANIFESTS.items()}
+    manifests = {which: read(name) for which, name in MANIFESTS.items()}
     return fill(page, "engines", engines_table(manifests))
 
 
