@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any
 
 from encache.errors import CheckpointError, EncacheError
 
-#: Where the denoiser is cut: nowhere, after the mid block, or after up_blocks[0], [1] or [2].
-Cut = Literal["none", "mid", "up0", "up1", "up2"]
-CUTS: tuple[Cut, ...] = get_args(Cut)
+#: Where the denoiser is cut: in a UNet one of `CUTS`, in a transformer the number of a block.
+Cut = str
+#: Of a UNet: nowhere, after the mid block, or after up_blocks[0], [1] or [2].
+CUTS: tuple[Cut, ...] = ("none", "mid", "up0", "up1", "up2")
 #: The whole denoiser is one engine; what is cached is its output.
 NO_CUT: Cut = "none"
 #: Where there are features, which can be cached or trained.
@@ -96,8 +97,15 @@ class ImageSpec:
         """Read it from the configs of a diffusers UNet and autoencoder.
 
         Raises:
-            CheckpointError: the UNet's does not say for which size it was trained.
+            CheckpointError: the UNet's does not say for which size it was trained, or it takes more
+                than latents.
         """
+        taken, given = (unet_config[name] for name in ("in_channels", "out_channels"))
+        if taken != given:
+            raise CheckpointError(
+                f"This UNet takes {taken} channels and gives {given} (inpainting, editing), so it "
+                "does not draw from a text alone. encache.enable(pipe) caches its own pipeline."
+            )
         size = unet_config["sample_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size or ())
         if len(sides) != 2:
