@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from diffusers import ControlNetModel
 
 from encache.errors import CheckpointError
 from encache.model.backbone import backbone_of
 from encache.model.split import Halves
 from tests.conftest import TEXT_WIDTH, XL_UNET, tiny_unet
-from tests.families import tiny_dit, tiny_if_unet, tiny_video_unet
+from tests.families import tiny_controlnet, tiny_dit, tiny_if_unet, tiny_video_unet
 
 
 def draw(module, *sizes, batch=2):
@@ -93,10 +92,7 @@ def test_batched_calls_equal_single_calls(case):
 def test_residuals_belong_to_the_features(cut, unet_changes):
     unet = tiny_unet(**unet_changes)
     latents, timestep, conditions = draw(unet, 16, 16)
-    torch.manual_seed(2)
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
-    for one in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-        torch.nn.init.normal_(one.weight)
+    controlnet = tiny_controlnet(unet)
     added = None
     if "time_ids" in conditions:
         added = {"text_embeds": conditions["pooled_text"], "time_ids": conditions["time_ids"]}
