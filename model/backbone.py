@@ -86,6 +86,13 @@ class Backbone:
         Raises:
             CheckpointError: an argument says something that no condition carries.
         """
+        added = {self.places[name][0] for name in self.residuals}
+        given = sum(place[0] in added for place, _ in _places(arguments))
+        if given not in (0, len(self.residuals)):
+            raise CheckpointError(
+                f"A ControlNet gives {given} residuals to a model that adds {len(self.residuals)}. "
+                "It belongs to another model."
+            )
         names = {place: name for name, place in self.places.items()}
         found: dict[str, Tensor] = {}
         for place, value in _places(arguments):
@@ -96,12 +103,6 @@ class Backbone:
                     f"{'.'.join(map(str, place))} is given to a {type(self.module).__name__}, and "
                     "encache does not carry it there. Leave it out, or do without the cache."
                 )
-        given = sum(name in found for name in self.residuals)
-        if given not in (0, len(self.residuals)):
-            raise CheckpointError(
-                f"A ControlNet gives {given} residuals to a model that adds {len(self.residuals)}. "
-                "It belongs to another model."
-            )
         return found
 
 
@@ -262,6 +263,21 @@ def _across_frames(unet: Any, num_calls: int) -> dict[str, Any]:
             copied.processor = copy.copy(processor)
             copied.processor.batch_size *= num_calls
     return children
+
+
+def refuse_unknown_attention(module: Any) -> None:
+    """Raise CheckpointError for attention that may look across the rows of a batch.
+
+    Several calls then cannot be one batch. diffusers' own does not, but for perturbed guidance,
+    which takes the batch apart, and for Text2Video-Zero's, which families know.
+    """
+    for processor in getattr(module, "attn_processors", {}).values():
+        kind = type(processor)
+        if not kind.__module__.startswith("diffusers.") or "PAG" in kind.__name__:
+            raise CheckpointError(
+                f"This model's attention is a {kind.__name__}, which may look from one row of a "
+                f"batch to another, so its calls cannot be batched. The cut {NO_CUT} needs no batch."
+            )
 
 
 def _refuse_other_inputs(unet: Any) -> None:

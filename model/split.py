@@ -21,7 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from encache.errors import CheckpointError
-from encache.model.backbone import Backbone, Conditions, backbone_of
+from encache.model.backbone import (
+    Backbone,
+    Conditions,
+    backbone_of,
+    refuse_unknown_attention,
+)
 from encache.model.spec import Cut, Dimension, TensorSpec
 
 
@@ -128,10 +133,11 @@ class Halves:
         cut: where it is cut.
 
     Raises:
-        CheckpointError: no family knows the denoiser, or it has no such cut.
+        CheckpointError: no family knows the denoiser or its attention, or it has no such cut.
     """
 
     def __init__(self, module: Any, cut: Cut) -> None:
+        refuse_unknown_attention(module)
         backbone = backbone_of(module)
         stages = backbone.stages_before(cut)
         module_class: Any = type(module)

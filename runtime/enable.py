@@ -1,6 +1,5 @@
 """Caching for any diffusers pipeline: it keeps its loop, its scheduler and all that it can do."""
 
-import json
 import weakref
 from collections.abc import Sequence
 from typing import Any

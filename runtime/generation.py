@@ -38,6 +38,7 @@ from encache.runtime.plan import (
 )
 from encache.runtime.settings import Policy
 
+
 def key_calls_of(policy: Policy, name: str | None, first: int, num_calls: int) -> tuple[int, ...]:
     """The key calls of a generation that makes the scheduler's calls from `first` on.
 
@@ -105,9 +106,7 @@ class Segments:
             self._nodes.clear()
             self._ring = []
         self._shape = tuple(latents.shape)
-        self._conditions = {
-            name: one for name, one in conditions.items() if not _is_residual(name)
-        }
+        self._conditions = {name: one for name, one in conditions.items() if not _is_residual(name)}
         self._ready.clear()
         full = len(self._nodes) == self._num_slots
         slot = self._nodes.pop(next(iter(self._nodes))) if full else len(self._nodes)
@@ -257,9 +256,7 @@ class Cache:
     def _start(self, table: Tensor, first: int) -> Generation:
         policy = self._policy
         keys = key_calls_of(policy, self._key_calls, first, len(table))
-        segments = Segments(
-            self._open_engines(), policy.blend, table, keys, self._max_decode_batch
-        )
+        segments = Segments(self._open_engines(), policy.blend, table, keys, self._max_decode_batch)
         self._begin()
         return Generation(table, first, keys, segments)
 
@@ -277,17 +274,15 @@ def place_of(timestep: Any, table: Tensor, expected: int | None) -> int:
     """
     if isinstance(timestep, Tensor) and _share_memory(timestep, table):
         return (timestep.storage_offset() - table.storage_offset()) // table.stride(0)
-    values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
+    values = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep])
     known = table.tolist()
-    if len(set(values)) == 1:
-        if expected is not None and expected < len(known) and known[expected] == values[0]:
-            return expected
-        if values[0] in known:
-            return known.index(values[0])
-    raise EncacheError(
-        f"This pipeline asks its denoiser at timestep {', '.join(map(str, dict.fromkeys(values)))}, "
-        "which is not one of its scheduler's, so the cache cannot follow it: encache.disable(pipe)."
-    )
+    places = [call for call, value in enumerate(known) if {value} == values]
+    if not places:
+        raise EncacheError(
+            f"This pipeline asks its denoiser at timestep {', '.join(map(str, values))}, which is "
+            "not one of its scheduler's, so the cache cannot follow it: encache.disable(pipe)."
+        )
+    return expected if expected in places else places[0]
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -314,4 +309,3 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _is_residual(name: str) -> bool:
     return name.startswith("residual_")
-

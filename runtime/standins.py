@@ -39,6 +39,9 @@ class StandIn:
         else:
             setattr(self._original, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self._original, name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self._original, memo)
 
@@ -64,6 +67,8 @@ class CachedDenoiser(StandIn):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         latents, timestep, others = _told(self._original, arguments, options)
         as_object = others.pop("return_dict", True)
+        if hook := vars(self._original).get("_hf_hook"):
+            hook.pre_forward(self._original)  # offloading: it brings the weights to their device
         prediction = self._cache.answer(latents, timestep, self._backbone.read(others))
         return Transformer2DModelOutput(sample=prediction) if as_object else (prediction,)
 

@@ -1,4 +1,4 @@
-"""Encoder propagation stated by forward hooks, one call after the other; knows nothing of encache."""
+"""Encoder propagation stated by forward hooks, one call after the other, without encache."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -24,35 +24,41 @@ def mix(weights, outputs):
     return tuple(mix(weights, parts) for parts in zip(*outputs, strict=True))
 
 
+def calls_from(first, stop, keys):
+    """The calls that a pipeline makes, each with whether it is a key call."""
+    return [(call, call in keys) for call in range(first, stop)]
+
+
 @contextmanager
-def propagation(denoiser, children, key_calls, *, first=0, order=0, controlnet=None):
+def propagation(denoiser, children, calls, *, order=0, controlnet=None):
     """Let the denoiser's children answer, between key calls, from what they gave at key calls.
 
     At order 0 they repeat the last one, at order 1 they go on along the line through the last two.
     A ControlNet repeats what it said at the last key call: it is not asked in between.
     """
-    call, kept = first - 1, {}
-    passed = []
+    made, kept, passed = -1, {}, []
 
     def begin(*_):
-        nonlocal call
-        call += 1
-        if call in key_calls:
+        nonlocal made
+        made += 1
+        call, key = calls[made]
+        if key:
             passed.append(call)
 
     def answer(child, _, output):
         mine = kept.setdefault(child, [])
-        if call in key_calls:
-            mine.append(output)
+        call, key = calls[made]
+        if key:
+            mine.append(mix([1.0], [output]))  # FreeU works in place
             return output
         if order == 0 or len(mine) == 1:
-            return mine[-1]
+            return mix([1.0], mine[-1:])
         earlier, later = passed[-2:]
         weight = (call - earlier) / (later - earlier)
         return mix([1 - weight, weight], mine[-2:])
 
     def control(_, __, output):
-        if call + 1 in key_calls:  # it runs before the denoiser
+        if calls[made + 1][1]:  # it runs before the denoiser
             kept["control"] = output
         return kept["control"]
 
@@ -64,6 +70,7 @@ def propagation(denoiser, children, key_calls, *, first=0, order=0, controlnet=N
         for hook in hooks:
             stack.callback(hook.remove)
         yield
+    assert made == len(calls) - 1
 
 
 @contextmanager

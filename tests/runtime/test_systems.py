@@ -34,7 +34,7 @@ from tests.families import (
     similar,
     tiny_controlnet,
 )
-from tests.runtime.propagation import counting, propagation, unet_children
+from tests.runtime.propagation import calls_from, counting, propagation, unet_children
 from tests.runtime.solvers import solver
 
 STEPS = 10
@@ -61,9 +61,7 @@ class System:
 
 
 def image_to_image():
-    return similar(
-        make_pipeline(), StableDiffusionImg2ImgPipeline, requires_safety_checker=False
-    )
+    return similar(make_pipeline(), StableDiffusionImg2ImgPipeline, requires_safety_checker=False)
 
 
 def inpainting(channels):
@@ -176,9 +174,7 @@ SYSTEMS = {
     "controlnet, two": System(
         lambda: controlled(2), {**LATENT, "image": [picture(), picture(seed=8)]}, "up1"
     ),
-    "controlnet, guess mode": System(
-        lambda: controlled(1), {**CONTROL, "guess_mode": True}, "up0"
-    ),
+    "controlnet, guess mode": System(lambda: controlled(1), {**CONTROL, "guess_mode": True}, "up0"),
     "controlnet, xl": System(controlled_xl, {**CONTROL, "height": 16, "width": 16}, "up0"),
     "if-1": System(make_if_pipeline, {"output_type": "pt", **if_texts()}, "mid"),
     "if-2": System(
@@ -193,7 +189,11 @@ SYSTEMS = {
 def draw(pipe, arguments):
     """The pipeline's own result, as a tensor."""
     texts = isinstance(arguments.get("prompt_embeds"), torch.Tensor) or "class_labels" in arguments
-    asked = {"num_inference_steps": STEPS, **({} if texts else {"prompt": "red apple"}), **arguments}
+    asked = {
+        "num_inference_steps": STEPS,
+        **({} if texts else {"prompt": "red apple"}),
+        **arguments,
+    }
     drawn = pipe(generator=torch.Generator().manual_seed(0), return_dict=False, **asked)[0]
     return drawn.float()
 
@@ -239,22 +239,28 @@ def test_stride_1_is_the_untouched_pipeline(system):
 
 def test_reuse_is_propagation(system):
     system, pipe = system
-    if "video_length" in system.arguments:
-        pytest.skip("it makes three passes; see below")
     first, stop = system.calls
     denoiser, controlnet = denoiser_of(pipe), getattr(pipe, "controlnet", None)
-    uniform = range(first, stop, 3)
     listed = (0, first + 1, first + 3)
     full = draw(pipe, system.arguments)
     for cut in ("none", system.cut):
-        for settings, keys in (({"stride": 3}, uniform), ({"key_calls": listed}, {first, *listed})):
+        for settings, keys in (
+            ({"stride": 3}, range(first, stop, 3)),
+            ({"key_calls": listed}, {first, *listed}),
+        ):
+            calls = calls_from(first, stop, keys)
+            if "video_length" in system.arguments:  # one frame, then all of them from call 3 on
+                calls = calls[:6] + [(call, key or call == 3) for call, key in calls[3:]]
             children = children_of(denoiser, cut)
-            told = {"first": first, "controlnet": controlnet}
-            with propagation(denoiser, children, set(keys), **told):
+            with propagation(denoiser, children, calls, controlnet=controlnet):
                 expected = draw(pipe, system.arguments)
             assert not torch.allclose(expected, full, rtol=1e-3, atol=1e-3)
-            ours = cached(pipe, system, cut=cut, blend="reuse", **settings)
+            with counting(children[0], controlnet or denoiser) as counts:
+                ours = cached(pipe, system, cut=cut, blend="reuse", **settings)
             assert_close(ours, expected)
+            num_keys = sum(key for _, key in calls)
+            assert counts[children[0]] == num_keys
+            assert controlnet is None or counts[controlnet] == num_keys
 
 
 def test_one_batch_per_segment_is_one_call_at_a_time(system):
