@@ -275,8 +275,8 @@ def refuse_unknown_attention(module: Any) -> None:
         kind = type(processor)
         if not kind.__module__.startswith("diffusers.") or "PAG" in kind.__name__:
             raise CheckpointError(
-                f"This model's attention is a {kind.__name__}, which may look from one row of a "
-                f"batch to another, so its calls cannot be batched. The cut {NO_CUT} needs no batch."
+                f"This model's attention is a {kind.__name__}, which may look from row to row of a "
+                f"batch, so its calls cannot be batched. The cut {NO_CUT} needs no batch."
             )
 
 

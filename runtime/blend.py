@@ -40,7 +40,7 @@ def lagrange_weights(nodes: Sequence[int], call: int) -> tuple[float, ...]:
 
 
 def ring_weights(nodes: Mapping[int, int], num_slots: int, call: int) -> tuple[float, ...]:
-    """Weights of a call over the slots of a ring, where `nodes` says which slot a key call fills."""
+    """Weights of a call over a ring, where `nodes` says which slot each key call fills."""
     row = [0.0] * num_slots
     for slot, weight in zip(nodes.values(), lagrange_weights(tuple(nodes), call), strict=True):
         row[slot] = weight

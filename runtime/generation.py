@@ -1,4 +1,4 @@
-"""The cache of a pipeline that keeps its own loop: which call it is at, and what that call is given.
+"""The cache of a pipeline that keeps its own loop: which call it is at, and what it is answered.
 
 A decoder does not see the latents, so once an encoder has run, the predictions of its whole segment
 are known. They are made in one batch and handed out as the pipeline asks for them.
