@@ -78,7 +78,7 @@ class Segments:
         max_decode_batch: int | None,
     ) -> None:
         self._engines = engines
-        self._timesteps = timesteps.to(engines.device, torch.float32)
+        self._timesteps = timesteps.float()
         self._key_calls = key_calls
         self._max_decode_batch = max_decode_batch
         self._num_slots = min(NUM_SLOTS[rule], len(key_calls))
@@ -111,6 +111,7 @@ class Segments:
         full = len(self._nodes) == self._num_slots
         slot = self._nodes.pop(next(iter(self._nodes))) if full else len(self._nodes)
         self._nodes[call] = slot
+        self._timesteps = self._timesteps.to(latents.device)
         timestep = self._timesteps[call : call + 1]
         if self._engines.cut == NO_CUT:
             predicted = self._engines.denoise(latents, timestep, conditions)
@@ -118,6 +119,12 @@ class Segments:
                 self._ring = [predicted.new_zeros(self._num_slots, *predicted.shape).float()]
             self._ring[0][slot] = predicted
             return
+        if self._engines.device.type == "meta":
+            raise EncacheError(
+                "The denoiser's weights are brought in layer by layer "
+                "(enable_sequential_cpu_offload), which a cut cannot follow. Use "
+                f"enable_model_cpu_offload, or the cut {NO_CUT}."
+            )
         if not self._ring:
             self._ring = allocate_ring(self._engines, self._num_slots, latents.shape)
             for feature in self._ring:  # what is not filled yet weighs 0, and 0 * NaN is NaN

@@ -191,8 +191,7 @@ def faster_diffusion(pipe, keys, control_image):
     """
     unet, scheduler = pipe.unet, pipe.scheduler
     scheduler.set_timesteps(STEPS)
-    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    latents = initial = latents * scheduler.init_noise_sigma
+    latents = initial = first_latents() * scheduler.init_noise_sigma
     text = torch.cat(pipe.encode_prompt("red apple", "cpu", 1, True, "")[::-1])
     for key, stop in zip(keys, (*keys[1:], STEPS), strict=True):
         calls = calls_from(key, stop, {key})
@@ -309,6 +308,26 @@ def test_the_model_is_left_as_it_was(pipeline):
     assert torch.equal(draw(pipeline), own)
 
 
+def test_the_pipeline_can_still_be_moved_and_saved(pipeline, tmp_path):
+    encache.enable(pipeline, 3, cut="mid", prior_noise=True)
+    single = draw(pipeline)
+    pipeline.to(torch.float64)
+    assert pipeline.unet._original.dtype == torch.float64
+    double = draw(pipeline, latents=first_latents().double())
+    assert double.dtype == torch.float64
+    assert_close(double.float(), single)
+    pipeline.to(torch.float32).save_pretrained(tmp_path)
+    saved = StableDiffusionPipeline.from_pretrained(tmp_path)
+    saved.set_progress_bar_config(disable=True)
+    encache.disable(pipeline)
+    assert_close(draw(saved), draw(pipeline), 1e-6)
+    assert type(copy.deepcopy(pipeline).unet) is diffusers.UNet2DConditionModel
+
+
+def first_latents():
+    return torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+
+
 def test_enabling_again_replaces_the_settings_and_disabling_is_safe(pipeline):
     unet = pipeline.unet
     encache.disable(pipeline)
@@ -362,6 +381,14 @@ def test_an_offloaded_model_is_brought_in_first(pipeline):
     seen = []
     draw(pipeline)
     assert seen[0] == 1
+
+
+def test_weights_that_are_nowhere_are_refused_with_a_cut(pipeline):
+    """As a model is that brings its weights in one layer at a time."""
+    encache.enable(pipeline, 5, cut="mid")
+    pipeline.unet._original.to("meta")
+    with pytest.raises(EncacheError, match="enable_sequential_cpu_offload.* Use enable_model_cpu"):
+        draw(pipeline, prompt_embeds=torch.zeros(1, 5, 16), prompt=None, guidance_scale=1)
 
 
 def test_strides_beyond_the_calls_and_few_calls(pipeline):
@@ -429,6 +456,19 @@ def test_what_is_no_known_pipeline_is_refused(pipeline):
         encache.enable(pipeline)
     with pytest.raises(AttributeError):
         encache.enabled  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"in_channels": 9}, "9 channels, and gives 4"),
+        ({"time_cond_proj_dim": 8}, "its guidance"),
+        ({"num_class_embeds": 8}, "a noise level"),
+    ],
+)
+def test_what_draws_from_more_than_a_text_is_sent_here(changes, what):
+    with pytest.raises(EncacheError, match=f"reads {what}.* encache.enable"):
+        EncachePipeline.from_pipe(make_pipeline(**changes))
 
 
 def test_a_controlnet_of_another_model_is_refused(pipeline):
