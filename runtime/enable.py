@@ -1,5 +1,7 @@
 """Caching for any diffusers pipeline: it keeps its loop, its scheduler and all that it can do."""
 
+import json
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -118,8 +120,8 @@ def _policy(
                 f"{', '.join(NAMED_KEY_CALLS)}, or list them."
             )
         return Policy(None, None, blend, prior_noise, cut), key_calls
-    if key_calls is not None:
-        key_calls = check_key_calls(key_calls, max(key_calls, default=0) + 1)
+    if key_calls is not None:  # how many calls there are shows when a generation begins
+        key_calls = check_key_calls(tuple(key_calls), sys.maxsize)
     return Policy(stride, key_calls, blend, prior_noise, cut), None
 
 
@@ -158,8 +160,8 @@ def _begin_prior_noise(pipe: Any) -> None:
 def _refuse_control_of_another_model(controlnet: Any, denoiser: Any) -> None:
     for one in getattr(controlnet, "nets", [controlnet]):
         for name in ("block_out_channels", "cross_attention_dim"):
-            ours, theirs = (getattr(each.config, name, None) for each in (denoiser, one))
-            if ours != theirs and theirs is not None:
+            ours, theirs = (each.config.get(name) for each in (denoiser, one))
+            if json.dumps(ours) != json.dumps(theirs):  # where lists and tuples are equal
                 raise EncacheError(
                     f"The ControlNet belongs to another model: its {name} is {theirs}, the "
                     f"{type(denoiser).__name__}'s is {ours}."

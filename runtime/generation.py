@@ -116,7 +116,10 @@ class Segments:
         if self._engines.cut == NO_CUT:
             predicted = self._engines.denoise(latents, timestep, conditions)
             if not self._ring:
-                self._ring = [predicted.new_zeros(self._num_slots, *predicted.shape).float()]
+                # Weights of several digits do not suit half precision.
+                dtype = torch.promote_types(predicted.dtype, torch.float32)
+                shape = (self._num_slots, *predicted.shape)
+                self._ring = [torch.zeros(shape, dtype=dtype, device=predicted.device)]
             self._ring[0][slot] = predicted
             return
         if self._engines.device.type == "meta":
@@ -235,12 +238,12 @@ class Cache:
     def answer(self, latents: Tensor, timestep: Any, conditions: Conditions) -> Tensor:
         """The prediction at this timestep: computed now, or with the last key call."""
         generation, call = self._arrive(timestep)
-        try:
-            # A copy, because the engines' own may be of inference mode.
-            return generation.answer(call, latents, conditions).to(latents.dtype).clone()
-        except BaseException:
-            self._generation = None
-            raise
+        self._generation = None  # an error must leave nothing behind
+        prediction = generation.answer(call, latents, conditions)
+        if generation.next < len(generation.table):  # after the last call its memory is free
+            self._generation = generation
+        # A copy, because the engines' own may be of inference mode.
+        return prediction.to(latents.dtype).clone()
 
     def _arrive(self, timestep: Any) -> tuple[Generation, int]:
         """The generation and the call that a timestep belongs to."""
