@@ -76,7 +76,7 @@ def enable(
         return alive
 
     cache = Cache(
-        scheduler=lambda: owner().scheduler,
+        pipe=owner,
         open_engines=lambda: TorchEngines(denoiser, policy.cut),
         policy=policy,
         key_calls=name,

@@ -66,6 +66,8 @@ class Segments:
         rule: the blend.
         timesteps: of all calls of the scheduler [N].
         key_calls: see `key_calls_of`.
+        announced: the call before which the pipeline says that it ends. Calls behind it are decoded
+            only when they are asked for after all.
         max_decode_batch: most rows of one decoder run.
     """
 
@@ -75,11 +77,13 @@ class Segments:
         rule: Blend,
         timesteps: Tensor,
         key_calls: tuple[int, ...],
+        announced: int,
         max_decode_batch: int | None,
     ) -> None:
         self._engines = engines
         self._timesteps = timesteps.float()
         self._key_calls = key_calls
+        self._announced = announced
         self._max_decode_batch = max_decode_batch
         self._num_slots = min(NUM_SLOTS[rule], len(key_calls))
         self._nodes: dict[int, int] = {}  # the last key calls, and the slots that they fill
@@ -147,8 +151,9 @@ class Segments:
 
     def _decoded_with(self, call: int) -> range:
         """The calls to decode in one batch from this one on."""
-        stop = next((key for key in self._key_calls if key > call), len(self._timesteps))
+        stops = [*self._key_calls, self._announced, len(self._timesteps)]
         most = calls_within(self._max_decode_batch, self._shape[0])
+        stop = min(stop for stop in stops if stop > call)
         return range(call, stop if most is None else min(stop, call + most))
 
     def _weights(self, calls: range) -> Tensor:
@@ -205,7 +210,7 @@ class Cache:
     """Follows one pipeline from generation to generation.
 
     Args:
-        scheduler: gives the scheduler that the pipeline now has.
+        pipe: gives the pipeline.
         open_engines: makes what runs the denoiser, as it is when a generation begins.
         policy: see `Policy`.
         key_calls: name of a published list of key calls, in place of the policy's.
@@ -215,14 +220,14 @@ class Cache:
 
     def __init__(
         self,
-        scheduler: Callable[[], Any],
+        pipe: Callable[[], Any],
         open_engines: Callable[[], Engines],
         policy: Policy,
         key_calls: str | None,
         max_decode_batch: int | None,
         begin: Callable[[], None],
     ) -> None:
-        self._scheduler = scheduler
+        self._pipe = pipe
         self._open_engines = open_engines
         self._policy = policy
         self._key_calls = key_calls
@@ -247,7 +252,7 @@ class Cache:
 
     def _arrive(self, timestep: Any) -> tuple[Generation, int]:
         """The generation and the call that a timestep belongs to."""
-        scheduler = self._scheduler()
+        scheduler = self._pipe().scheduler
         table, known = scheduler.timesteps, self._generation
         if known is not None and known.table is not table:
             known = None
@@ -266,7 +271,11 @@ class Cache:
     def _start(self, table: Tensor, first: int) -> Generation:
         policy = self._policy
         keys = key_calls_of(policy, self._key_calls, first, len(table))
-        segments = Segments(self._open_engines(), policy.blend, table, keys, self._max_decode_batch)
+        # Stable Diffusion's pipelines announce it before their loop; others make all calls.
+        calls = getattr(self._pipe(), "_num_timesteps", None) or len(table)
+        segments = Segments(
+            self._open_engines(), policy.blend, table, keys, first + calls, self._max_decode_batch
+        )
         self._begin()
         return Generation(table, first, keys, segments)
 

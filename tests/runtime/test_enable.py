@@ -14,7 +14,7 @@ from encache.errors import EncacheError
 from encache.runtime.generation import place_of
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import NAMED_KEY_CALLS
-from tests.conftest import make_pipeline, stable_diffusion_scheduler, tiny_unet
+from tests.conftest import make_pipeline, make_xl_pipeline, stable_diffusion_scheduler, tiny_unet
 from tests.families import picture, similar, tiny_controlnet
 from tests.runtime.propagation import calls_from, counting, propagation, unet_children
 from tests.runtime.solvers import NAMES, solver
@@ -389,6 +389,20 @@ def test_weights_that_are_nowhere_are_refused_with_a_cut(pipeline):
     pipeline.unet._original.to("meta")
     with pytest.raises(EncacheError, match="enable_sequential_cpu_offload.* Use enable_model_cpu"):
         draw(pipeline, prompt_embeds=torch.zeros(1, 5, 16), prompt=None, guidance_scale=1)
+
+
+def test_no_call_is_decoded_that_is_not_made():
+    """A base model leaves the last calls to its refiner."""
+    pipe = make_xl_pipeline()
+    told = {"denoising_end": 0.6, "guidance_scale": 1.0}
+    calls = calls_from(0, 6, (0, 4))
+    with propagation(pipe.unet, unet_children(pipe.unet, "mid"), calls):
+        expected = draw(pipe, **told)
+    rows = []
+    pipe.unet.conv_out.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    encache.enable(pipe, 4, cut="mid", blend="reuse")
+    assert_close(draw(pipe, **told), expected)
+    assert rows == [4, 2]
 
 
 def test_strides_beyond_the_calls_and_few_calls(pipeline):
