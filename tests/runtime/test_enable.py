@@ -528,3 +528,14 @@ def test_attention_across_rows_is_refused_with_a_cut(pipeline):
     expected = draw(pipeline)
     encache.enable(pipeline, 1)
     assert_close(draw(pipeline), expected)
+    encache.disable(pipeline)
+    # Perturbed guidance sets its own when a generation begins.
+    pipeline.unet.set_default_attn_processor()
+    kind = diffusers.StableDiffusionPAGPipeline
+    pipe = similar(pipeline, kind, requires_safety_checker=False, pag_applied_layers=["mid"])
+    expected = draw(pipe, pag_scale=3.0)
+    encache.enable(pipe, 1)
+    assert_close(draw(pipe, pag_scale=3.0), expected)
+    encache.enable(pipe, 3, cut="mid")
+    with pytest.raises(EncacheError, match="attention is a PAG"):
+        draw(pipe, pag_scale=3.0)

@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 
 import encache
@@ -67,6 +68,11 @@ def image_to_image():
 def inpainting(channels):
     pipe = make_pipeline(in_channels=channels, out_channels=4)
     return similar(pipe, StableDiffusionInpaintPipeline, requires_safety_checker=False)
+
+
+def inpainting_xl():
+    unet = tiny_unet(**XL_UNET, in_channels=9, out_channels=4)
+    return similar(make_xl_pipeline(), StableDiffusionXLInpaintPipeline, unet=unet)
 
 
 def solved_by(name, make=make_pipeline):
@@ -165,6 +171,12 @@ SYSTEMS = {
         "up2",
     ),
     "xl": System(make_xl_pipeline, {**LATENT, **SMALL}, "up0"),
+    "xl inpainting": System(
+        inpainting_xl,
+        {"image": picture(), "mask_image": mask(), "strength": 0.8, **SMALL, **LATENT},
+        "mid",
+        (2, STEPS),
+    ),
     "xl refiner": System(
         refiner, {"image": picture(), "strength": 0.5, **LATENT}, "up1", (5, STEPS)
     ),
