@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import encache
 from encache.errors import EncacheError
@@ -519,7 +520,7 @@ def test_a_denoiser_that_is_asked_twice_a_step_is_refused(pipeline):
 
 
 def test_attention_across_rows_is_refused_with_a_cut(pipeline):
-    class Mine(diffusers.models.attention_processor.AttnProcessor2_0):
+    class Mine(AttnProcessor2_0):
         pass
 
     pipeline.unet.set_attn_processor(Mine())
@@ -530,7 +531,7 @@ def test_attention_across_rows_is_refused_with_a_cut(pipeline):
     assert_close(draw(pipeline), expected)
     encache.disable(pipeline)
     # Perturbed guidance sets its own when a generation begins.
-    pipeline.unet.set_default_attn_processor()
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
     kind = diffusers.StableDiffusionPAGPipeline
     pipe = similar(pipeline, kind, requires_safety_checker=False, pag_applied_layers=["mid"])
     expected = draw(pipe, pag_scale=3.0)
