@@ -7,7 +7,8 @@ are known. They are made in one batch and handed out as the pipeline asks for th
 diffusers scheduler, and every pipeline calls it once before its loop. So a generation is one tensor
 object: while the scheduler still holds the same one, it is the same generation, and no error,
 interruption or other number of steps in between can be overlooked, because nothing has to be told
-when a generation ends. The tensor is kept alive here, so that another cannot take its identity.
+when a generation ends. The tensor is kept alive here, so that another cannot take its identity. A
+scheduler that a pipeline puts in the place of its own midway (Text2Video-Zero) begins anew, too.
 
 **How a call is recognised.** The timestep that a pipeline hands to its denoiser is a view into that
 tensor, so its place in memory is the number of the call. Nothing is looked up by value, which would
@@ -90,12 +91,13 @@ class Segments:
         self._ring: list[Tensor] = []
         self._ready: dict[int, Tensor] = {}
         self._shape: tuple[int, ...] = ()
-        self._conditions: dict[str, Tensor] = {}
+        self._conditions: Conditions = {}
 
     def follows(self, latents: Tensor, conditions: Conditions) -> bool:
         """Whether a call is like the last key call, but for what the latents and residuals hold."""
-        held = {name: one for name, one in conditions.items() if not _is_residual(name)}
-        return tuple(latents.shape) == self._shape and same(held, self._conditions)
+        return tuple(latents.shape) == self._shape and same(
+            self._without_residuals(conditions), self._conditions
+        )
 
     def evaluate(self, call: int, latents: Tensor, conditions: Conditions, forget: bool) -> None:
         """Run the denoiser, or its encoder where it is cut, at a key call.
@@ -110,7 +112,7 @@ class Segments:
             self._nodes.clear()
             self._ring = []
         self._shape = tuple(latents.shape)
-        self._conditions = {name: one for name, one in conditions.items() if not _is_residual(name)}
+        self._conditions = self._without_residuals(conditions)
         self._ready.clear()
         full = len(self._nodes) == self._num_slots
         slot = self._nodes.pop(next(iter(self._nodes))) if full else len(self._nodes)
@@ -156,6 +158,10 @@ class Segments:
         stop = min(stop for stop in stops if stop > call)
         return range(call, stop if most is None else min(stop, call + most))
 
+    def _without_residuals(self, conditions: Conditions) -> Conditions:
+        known = [one.name for one in self._engines.conditions]
+        return {name: conditions[name] for name in known if name in conditions}
+
     def _weights(self, calls: range) -> Tensor:
         rows = [ring_weights(self._nodes, self._num_slots, call) for call in calls]
         return torch.tensor(rows, dtype=torch.float32, device=self._ring[0].device)
@@ -178,7 +184,7 @@ class Generation:
         self.first = first
         self.next = first
         self._key_calls = frozenset(key_calls)
-        self._segments = segments
+        self._segments: Segments | None = segments
         #: What the ControlNet was told last, and the call at which that differed.
         self._control: Any = None
         self._changed: int | None = None
@@ -199,11 +205,15 @@ class Generation:
         A call whose inputs differ from its key call's in more than the latents, as when a callback
         changes the prompt or ends the guidance, becomes a key call itself.
         """
+        assert self._segments  # there is no call after the last one
         changed = call == self._changed or not self._segments.follows(latents, conditions)
         if changed or call in self._key_calls:
             self._segments.evaluate(call, latents, conditions, forget=changed)
+        prediction = self._segments.prediction(call)
         self.next = call + 1
-        return self._segments.prediction(call)
+        if self.next == len(self.table):
+            self._segments = None  # frees its memory
+        return prediction
 
 
 class Cache:
@@ -245,8 +255,7 @@ class Cache:
         generation, call = self._arrive(timestep)
         self._generation = None  # an error must leave nothing behind
         prediction = generation.answer(call, latents, conditions)
-        if generation.next < len(generation.table):  # after the last call its memory is free
-            self._generation = generation
+        self._generation = generation
         # A copy, because the engines' own may be of inference mode.
         return prediction.to(latents.dtype).clone()
 
@@ -324,7 +333,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.shape == other.shape and torch.equal(one, other))
     return type(one) is type(other) and one == other
-
-
-def _is_residual(name: str) -> bool:
-    return name.startswith("residual_")

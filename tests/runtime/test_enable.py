@@ -512,11 +512,16 @@ class Twice(StableDiffusionPipeline):
         return super().progress_bar(*arguments, **options)
 
 
-def test_a_denoiser_that_is_asked_twice_a_step_is_refused(pipeline):
+@pytest.mark.parametrize("steps", [1, 2, 3, STEPS])
+def test_a_denoiser_that_is_asked_twice_a_step_is_refused(pipeline, steps):
     pipe = similar(pipeline, Twice, requires_safety_checker=False)
     encache.enable(pipe, 5)
+    if steps == 1:  # then there is nothing to take for the other's
+        expected = draw(pipeline, num_inference_steps=1)
+        assert torch.equal(draw(pipe, num_inference_steps=1), expected)
+        return
     with pytest.raises(EncacheError, match="asks for call 1 where call 2 would be next"):
-        draw(pipe)
+        draw(pipe, num_inference_steps=steps)
 
 
 def test_attention_across_rows_is_refused_with_a_cut(pipeline):
