@@ -58,31 +58,13 @@ def enable(
     """
     policy, name = _policy(stride, str(cut), key_calls, blend, prior_noise)
     part = _denoiser_of(pipe)
-    parts = {name: _original(getattr(pipe, name, None)) for name in _PARTS}
-    denoiser, controlnet = parts[part], parts["controlnet"]
+    denoiser, controlnet = (_original(getattr(pipe, one, None)) for one in (part, "controlnet"))
     backbone = backbone_of(denoiser)
     TorchEngines(denoiser, policy.cut)  # refuses now, not in the middle of a picture
     if controlnet is not None:
         _refuse_control_of_another_model(controlnet, denoiser)
     disable(pipe)
-    reference = weakref.ref(pipe)
-
-    def owner() -> Any:
-        if (alive := reference()) is None:
-            raise EncacheError(
-                "The pipeline that this denoiser was enabled for is gone. Enable the pipeline "
-                "that now has it: encache.enable(pipe)."
-            )
-        return alive
-
-    cache = Cache(
-        pipe=owner,
-        open_engines=lambda: TorchEngines(denoiser, policy.cut),
-        policy=policy,
-        key_calls=name,
-        max_decode_batch=max_decode_batch,
-        begin=lambda: _begin_prior_noise(owner()) if prior_noise else None,
-    )
+    cache = _follow(pipe, denoiser, policy, name, max_decode_batch)
     _put(pipe, part, CachedDenoiser(denoiser, backbone, cache))
     if controlnet is not None:
         _put(pipe, "controlnet", CachedControlNet(controlnet, cache))
@@ -123,6 +105,30 @@ def _policy(
     if key_calls is not None:  # how many calls there are shows when a generation begins
         key_calls = check_key_calls(tuple(key_calls), sys.maxsize)
     return Policy(stride, key_calls, blend, prior_noise, cut), None
+
+
+def _follow(
+    pipe: Any, denoiser: Any, policy: Policy, key_calls: str | None, max_decode_batch: int | None
+) -> Cache:
+    """The cache of a pipeline, which holds its cache in turn and so is only looked at from here."""
+    reference = weakref.ref(pipe)
+
+    def owner() -> Any:
+        if (alive := reference()) is None:
+            raise EncacheError(
+                "The pipeline that this denoiser was enabled for is gone. Enable the pipeline "
+                "that now has it: encache.enable(pipe)."
+            )
+        return alive
+
+    return Cache(
+        pipe=owner,
+        open_engines=lambda: TorchEngines(denoiser, policy.cut),
+        policy=policy,
+        key_calls=key_calls,
+        max_decode_batch=max_decode_batch,
+        begin=lambda: _begin_prior_noise(owner()) if policy.prior_noise else None,
+    )
 
 
 def _denoiser_of(pipe: Any) -> str:
