@@ -4,8 +4,9 @@ A family of models is one entry in `_FAMILIES`: a function that describes a modu
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -164,7 +165,7 @@ def _unet(unet: Any) -> Backbone:
         prediction=TensorSpec("noise", ("B", config.out_channels, "h", "w")),
         places={**places, **residuals},
         residuals=tuple(residuals),
-        repeated=_across_frames,
+        repeated=partial(_across_frames, _frame_attention(unet)),
         **_at_any_size(unet),
     )
 
@@ -249,19 +250,26 @@ def _upsample(upsampler: Any, hidden: Tensor, size: Any) -> Tensor:
     return upsampler.conv(interpolate(hidden, size=size, mode="nearest"))
 
 
-def _across_frames(unet: Any, num_calls: int) -> dict[str, Any]:
-    """Attention across the frames of a batch (Text2Video-Zero), told how many clips there are.
+def _frame_attention(unet: Any) -> tuple[str, ...]:
+    """The paths of attention that looks across the frames of a batch, as Text2Video-Zero's does."""
+    return tuple(
+        path
+        for path, child in unet.named_modules()
+        if hasattr(vars(child).get("processor"), "batch_size")
+    )
+
+
+def _across_frames(paths: Sequence[str], unet: Any, num_calls: int) -> dict[str, Any]:
+    """Attention across the frames of a batch, told how many clips there are.
 
     It divides the rows by that number to find each clip's first frame; the same clip at another
     call is another clip.
     """
     children = {}
-    for path, child in unet.named_modules():
-        processor = vars(child).get("processor")
-        if hasattr(processor, "batch_size"):
-            children[path] = copied = copy.copy(child)
-            copied.processor = copy.copy(processor)
-            copied.processor.batch_size *= num_calls
+    for path in paths:
+        children[path] = copied = copy.copy(unet.get_submodule(path))
+        copied.processor = copy.copy(copied.processor)
+        copied.processor.batch_size *= num_calls
     return children
 
 
