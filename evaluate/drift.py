@@ -59,7 +59,7 @@ class _Comparison:
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, features: list[Tensor]
     ) -> None:
         if self.latents is not None:
-            ring = allocate_ring(self.engines, 1, len(latents), *latents.shape[2:])
+            ring = allocate_ring(self.engines, 1, latents.shape)
             self.engines.encode(self.latents, timestep, conditions, ring, 0)
             for name, now, before in zip(self.names, ring, self.recent[-1], strict=True):
                 self.by_time[name].append(relative_change(now[0], before))

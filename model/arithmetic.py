@@ -33,10 +33,10 @@ class Arithmetic:
 
 
 def count_arithmetic(
-    module: Any, cut: Cut, height: int, width: int, text_length: int = 77
+    module: Any, cut: Cut, height: int, width: int, text_length: int = 77, num_frames: int = 1
 ) -> Arithmetic:
     """Count both halves of a diffusers denoiser for latents of height x width, on shapes alone."""
-    sizes = {"B": 1, "L": text_length, "h": height, "w": width}
+    sizes = {"B": 1, "L": text_length, "F": num_frames, "h": height, "w": width}
     with torch.device("meta"), torch.no_grad():
         alone = type(module).from_config(dict(module.config)).eval()
         backbone = backbone_of(alone)

@@ -3,11 +3,13 @@
 A family of models is one entry in `_FAMILIES`: a function that describes a module of its class.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from encache.errors import CheckpointError
@@ -15,8 +17,8 @@ from encache.model.spec import NO_CUT, TensorSpec
 
 #: What a denoiser is told beside latents and timestep, by name, such as {"text": [B, L, D]}.
 Conditions = Mapping[str, Tensor]
-#: Calls a module on latents [B, ...], timesteps [1] or [B], and conditions; gives its prediction.
-Call = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
+#: An argument of a module's forward, or one place in an argument that is a dict or a list.
+Place = tuple[str] | tuple[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,13 @@ class Backbone:
         latents: its input.
         conditions: its further inputs.
         prediction: its output.
-        call: see `Call`.
+        places: where its forward takes each condition, and each residual.
+        residuals: inputs that it can do without, by name: what a ControlNet adds to the tensors
+            that the stages return, in their order.
         fixed: attributes for copies of the module that must run, and export, at any size.
         replaced: what these copies do in the place of a child, by its path; takes the child first.
+        repeated: children for a copy that runs several calls in one batch, by path; takes the
+            module and the number of calls.
     """
 
     module: Any
@@ -41,9 +47,11 @@ class Backbone:
     latents: TensorSpec
     conditions: tuple[TensorSpec, ...]
     prediction: TensorSpec
-    call: Call
+    places: Mapping[str, Place]
+    residuals: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    repeated: Callable[[Any, int], Mapping[str, Any]] = lambda module, num_calls: {}
 
     def stages_before(self, cut: str) -> tuple[str, ...]:
         """The stages whose outputs are cached at this cut.
@@ -56,6 +64,58 @@ class Backbone:
                 f"This model has no cut {cut}. Choose one of {', '.join((NO_CUT, *self.cuts))}."
             )
         return self.stages[: self.stages.index(self.cuts[cut]) + 1]
+
+    def call(
+        self, module: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions
+    ) -> Tensor:
+        """Call the module, or a copy of it, on latents [B, ...] and timesteps [1] or [B]."""
+        arguments: dict[str, Any] = {}
+        for name, tensor in conditions.items():
+            argument, *key = self.places[name]
+            if key:
+                arguments.setdefault(argument, {})[key[0]] = tensor
+            else:
+                arguments[argument] = tensor
+        for argument, value in arguments.items():
+            if isinstance(value, dict) and 0 in value:
+                arguments[argument] = tuple(value.values())
+        return module(latents, timesteps, **arguments, return_dict=False)[0]
+
+    def read(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The conditions among the arguments that somebody gives the module's forward.
+
+        Raises:
+            CheckpointError: an argument says something that no condition carries.
+        """
+        added = {self.places[name][0] for name in self.residuals}
+        given = sum(place[0] in added for place, _ in _places(arguments))
+        if given not in (0, len(self.residuals)):
+            raise CheckpointError(
+                f"A ControlNet gives {given} residuals to a model that adds {len(self.residuals)}. "
+                "It belongs to another model."
+            )
+        names = {place: name for name, place in self.places.items()}
+        found: dict[str, Tensor] = {}
+        for place, value in _places(arguments):
+            if place in names:
+                found[names[place]] = value
+            elif value is not None:
+                raise CheckpointError(
+                    f"{'.'.join(map(str, place))} is given to a {type(self.module).__name__}, and "
+                    "encache does not carry it there. Leave it out, or do without the cache."
+                )
+        return found
+
+
+def _places(arguments: Mapping[str, Any]) -> Iterable[tuple[Place, Any]]:
+    """Every value among arguments, those in dicts and lists one by one."""
+    for argument, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from (((argument, key), one) for key, one in value.items())
+        elif isinstance(value, list | tuple):
+            yield from (((argument, key), one) for key, one in enumerate(value))
+        elif value is not None:
+            yield (argument,), value
 
 
 def backbone_of(module: Any) -> Backbone:
@@ -71,39 +131,118 @@ def backbone_of(module: Any) -> Backbone:
 
 
 def _unet(unet: Any) -> Backbone:
-    """Stable Diffusion 1.x, 2.x and XL."""
+    """Stable Diffusion 1.x, 2.x and XL, distilled ones, inpainting; DeepFloyd-IF."""
     config = unet.config
     _refuse_other_inputs(unet)
-    conditions = [TensorSpec("text", ("B", "L", config.cross_attention_dim))]
+    conditions, places = _text(config)
     if config.addition_embed_type == "text_time":
-        embedded_ids = 6 * config.addition_time_embed_dim
-        pooled = config.projection_class_embeddings_input_dim - embedded_ids
+        # An XL refiner is told an aesthetic score in place of a target size of two numbers; only
+        # its sizes tell it from a base model.
+        width = config.projection_class_embeddings_input_dim
+        step = config.addition_time_embed_dim
+        num_ids = 5 if width - 5 * step == config.cross_attention_dim else 6
         conditions += [
             # In fp32, because sizes beyond 2048 have no place in fp16, and both are joined.
-            TensorSpec("pooled_text", ("B", pooled), "float32"),
-            TensorSpec("time_ids", ("B", 6), "float32", (0, 1024)),
+            TensorSpec("pooled_text", ("B", width - num_ids * step), "float32"),
+            TensorSpec("time_ids", ("B", num_ids), "float32", (0, 1024)),
         ]
-    downs = [f"down_blocks.{index}" for index in range(len(unet.down_blocks))]
-    ups = [f"up_blocks.{index}" for index in range(len(unet.up_blocks))]
-    encoder = ["conv_in", *downs, *(["mid_block"] if unet.mid_block is not None else [])]
+        places["pooled_text"] = ("added_cond_kwargs", "text_embeds")
+        places["time_ids"] = ("added_cond_kwargs", "time_ids")
+    if unet.class_embedding is not None:
+        conditions.append(TensorSpec("noise_level", ("B",), "int64", (0, 999)))
+        places["noise_level"] = ("class_labels",)
+    if config.time_cond_proj_dim is not None:
+        conditions.append(TensorSpec("guidance", ("B", config.time_cond_proj_dim)))
+        places["guidance"] = ("timestep_cond",)
+    stages, cuts = _stages(unet, "conv_in")
+    residuals = _residuals(unet)
     return Backbone(
         module=unet,
-        stages=(*encoder, *ups),
-        cuts={"mid": encoder[-1], **{f"up{index}": up for index, up in enumerate(ups[:-1])}},
+        stages=stages,
+        cuts=cuts,
         latents=TensorSpec("latents", ("B", config.in_channels, "h", "w")),
         conditions=tuple(conditions),
         prediction=TensorSpec("noise", ("B", config.out_channels, "h", "w")),
-        call=_call_unet,
+        places={**places, **residuals},
+        residuals=tuple(residuals),
+        repeated=partial(_across_frames, _frame_attention(unet)),
+        **_at_any_size(unet),
+    )
+
+
+def _video_unet(unet: Any) -> Backbone:
+    """VideoFusion: a UNet over clips, whose blocks also look from frame to frame."""
+    config = unet.config
+    conditions, places = _text(config)
+    stages, cuts = _stages(unet, "conv_in", "transformer_in")
+    return Backbone(
+        module=unet,
+        stages=stages,
+        cuts=cuts,
+        latents=TensorSpec("latents", ("B", config.in_channels, "F", "h", "w")),
+        conditions=tuple(conditions),
+        prediction=TensorSpec("noise", ("B", config.out_channels, "F", "h", "w")),
+        places=places,
+        **_at_any_size(unet),
+    )
+
+
+def _dit(transformer: Any) -> Backbone:
+    """DiT: a cut is the number of the last block before it, and pictures have the model's size."""
+    config = transformer.config
+    blocks = [f"transformer_blocks.{index}" for index in range(len(transformer.transformer_blocks))]
+    side = config.sample_size
+    return Backbone(
+        module=transformer,
+        stages=("pos_embed", *blocks),
+        cuts={str(index): block for index, block in enumerate(blocks[:-1])},
+        latents=TensorSpec("latents", ("B", config.in_channels, side, side)),
+        conditions=(TensorSpec("label", ("B",), "int64", (0, config.num_embeds_ada_norm)),),
+        prediction=TensorSpec("noise", ("B", transformer.out_channels, side, side)),
+        places={"label": ("class_labels",)},
+    )
+
+
+def _text(config: Any) -> tuple[list[TensorSpec], dict[str, Place]]:
+    """The embedded prompt that a UNet attends to."""
+    width = config.get("encoder_hid_dim") or config.cross_attention_dim
+    return [TensorSpec("text", ("B", "L", width))], {"text": ("encoder_hidden_states",)}
+
+
+def _stages(unet: Any, *first: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """A UNet's stages, and its cuts: behind the mid block and behind all up blocks but the last."""
+    downs = [f"down_blocks.{index}" for index in range(len(unet.down_blocks))]
+    ups = [f"up_blocks.{index}" for index in range(len(unet.up_blocks))]
+    encoder = [*first, *downs, *(["mid_block"] if unet.mid_block is not None else [])]
+    cuts = {"mid": encoder[-1], **{f"up{index}": up for index, up in enumerate(ups[:-1])}}
+    return (*encoder, *ups), cuts
+
+
+def _residuals(unet: Any) -> dict[str, Place]:
+    """What a ControlNet may add: one tensor for each skip, and one for the mid block's output."""
+    if unet.mid_block is None:
+        return {}
+    blocks = unet.down_blocks
+    skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)
+    down: dict[str, Place] = {
+        f"residual_{index}": ("down_block_additional_residuals", index) for index in range(skips)
+    }
+    return {**down, "residual_mid": ("mid_block_additional_residual",)}
+
+
+def _at_any_size(unet: Any) -> dict[str, Any]:
+    """What copies of a UNet need to run, and export, at any size."""
+    return {
         # Every up block then takes the next skip's size, which is right for odd latents too; left
         # to itself, the forward asks whether that is needed, and a graph would keep the answer.
-        fixed={"num_upsamplers": 30},
-        replaced={
-            f"{up}.upsamplers.{index}": _upsample
-            for up, block in zip(ups, unet.up_blocks, strict=True)
+        "fixed": {"num_upsamplers": 30},
+        "replaced": {
+            f"up_blocks.{number}.upsamplers.{index}": _upsample
+            for number, block in enumerate(unet.up_blocks)
             for index, child in enumerate(block.upsamplers or ())
             if type(child).__name__ == "Upsample2D"
         },
-    )
+    }
 
 
 def _upsample(upsampler: Any, hidden: Tensor, size: Any) -> Tensor:
@@ -111,35 +250,66 @@ def _upsample(upsampler: Any, hidden: Tensor, size: Any) -> Tensor:
     return upsampler.conv(interpolate(hidden, size=size, mode="nearest"))
 
 
-def _call_unet(unet: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-    added = None
-    if "time_ids" in conditions:
-        added = {
-            "text_embeds": conditions["pooled_text"],
-            "time_ids": conditions["time_ids"],
-        }
-    text = conditions["text"]
-    return unet(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
+def _frame_attention(unet: Any) -> tuple[str, ...]:
+    """The paths of attention that looks across the frames of a batch, as Text2Video-Zero's does."""
+    return tuple(
+        path
+        for path, child in unet.named_modules()
+        if hasattr(vars(child).get("processor"), "batch_size")
+    )
+
+
+def _across_frames(paths: Sequence[str], unet: Any, num_calls: int) -> dict[str, Any]:
+    """Attention across the frames of a batch, told how many clips there are.
+
+    It divides the rows by that number to find each clip's first frame; the same clip at another
+    call is another clip.
+    """
+    children = {}
+    for path in paths:
+        children[path] = copied = copy.copy(unet.get_submodule(path))
+        copied.processor = copy.copy(copied.processor)
+        copied.processor.batch_size *= num_calls
+    return children
+
+
+def refuse_unknown_attention(module: Any) -> None:
+    """Raise CheckpointError for attention that may look across the rows of a batch.
+
+    Several calls then cannot be one batch. diffusers' own does not, but for perturbed guidance,
+    which takes the batch apart, and for Text2Video-Zero's, which families know.
+    """
+    for processor in getattr(module, "attn_processors", {}).values():
+        kind = type(processor)
+        if not kind.__module__.startswith("diffusers.") or "PAG" in kind.__name__:
+            raise CheckpointError(
+                f"This model's attention is a {kind.__name__}, which may look from row to row of a "
+                f"batch, so its calls cannot be batched. The cut {NO_CUT} needs no batch."
+            )
 
 
 def _refuse_other_inputs(unet: Any) -> None:
     config = unet.config
     unsupported = {
-        "more inputs than latents (inpainting, editing)": config.in_channels != config.out_channels,
-        "class conditioning": unet.class_embedding is not None,
-        "encoder_hid_proj": unet.encoder_hid_proj is not None,
+        f"class_embed_type {config.class_embed_type}": config.class_embed_type
+        not in (None, "timestep"),
+        f"encoder_hid_dim_type {config.encoder_hid_dim_type}": config.encoder_hid_dim_type
+        not in (None, "text_proj"),
         f"addition_embed_type {config.addition_embed_type}": config.addition_embed_type
-        not in (None, "text_time"),
+        not in (None, "text_time", "text"),
         "GLIGEN or gated attention": config.attention_type != "default",
-        "time_cond_proj_dim (distilled guidance)": config.time_cond_proj_dim is not None,
     }
     for reason, present in unsupported.items():
         if present:
             raise CheckpointError(
-                f"This UNet uses {reason}, which encache does not carry. "
-                "Stable Diffusion's text-to-image UNets work."
+                f"This UNet uses {reason}, which encache does not carry. The UNets of Stable "
+                "Diffusion, ControlNet and DeepFloyd-IF work."
             )
 
 
 #: By the class of the diffusers model.
-_FAMILIES: dict[str, Callable[[Any], Backbone]] = {"UNet2DConditionModel": _unet}
+_FAMILIES: dict[str, Callable[[Any], Backbone]] = {
+    "UNet2DConditionModel": _unet,
+    "UNet3DConditionModel": _video_unet,
+    "DiTTransformer2DModel": _dit,
+}

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any
 
 from encache.errors import CheckpointError, EncacheError
 
-#: Where the denoiser is cut: nowhere, after the mid block, or after up_blocks[0], [1] or [2].
-Cut = Literal["none", "mid", "up0", "up1", "up2"]
-CUTS: tuple[Cut, ...] = get_args(Cut)
+#: Where the denoiser is cut: in a UNet one of `CUTS`, in a transformer the number of a block.
+Cut = str
+#: Of a UNet: nowhere, after the mid block, or after up_blocks[0], [1] or [2].
+CUTS: tuple[Cut, ...] = ("none", "mid", "up0", "up1", "up2")
 #: The whole denoiser is one engine; what is cached is its output.
 NO_CUT: Cut = "none"
 #: Where there are features, which can be cached or trained.
@@ -96,8 +97,10 @@ class ImageSpec:
         """Read it from the configs of a diffusers UNet and autoencoder.
 
         Raises:
-            CheckpointError: the UNet's does not say for which size it was trained.
+            CheckpointError: the UNet's does not say for which size it was trained, or it reads more
+                than latents and text.
         """
+        _refuse_more_than_text(unet_config)
         size = unet_config["sample_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size or ())
         if len(sides) != 2:
@@ -117,6 +120,21 @@ class ImageSpec:
         """Picture pixels per latent pixel and side of a diffusers autoencoder."""
         levels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
         return 2 ** (len(levels) - 1)
+
+
+def _refuse_more_than_text(unet_config: Mapping[str, Any]) -> None:
+    taken, given = unet_config["in_channels"], unet_config["out_channels"]
+    more = {
+        "a noise level": unet_config.get("class_embed_type") or unet_config.get("num_class_embeds"),
+        "its guidance (time_cond_proj_dim)": unet_config.get("time_cond_proj_dim"),
+        f"{taken} channels, and gives {given}": taken != given,
+    }
+    for what, present in more.items():
+        if present:
+            raise CheckpointError(
+                f"This UNet reads {what}, so it does not draw from a text alone. Open its own "
+                "diffusers pipeline and cache that: encache.enable(pipe)."
+            )
 
 
 def rows_per_picture(guidance_scale: float) -> int:

@@ -21,7 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from encache.errors import CheckpointError
-from encache.model.backbone import Backbone, Conditions, backbone_of
+from encache.model.backbone import (
+    Backbone,
+    Conditions,
+    backbone_of,
+    refuse_unknown_attention,
+)
 from encache.model.spec import Cut, Dimension, TensorSpec
 
 
@@ -63,7 +68,12 @@ class Encoder(nn.Module):
         """
         outputs = _record(self._backbone, self._stages, latents, timestep, conditions)
         leaves = tree_leaves(outputs)
-        return tuple(leaves[index] for index in self._crossing.live)
+        features = [leaves[index] for index in self._crossing.live]
+        # Up to here the forward itself has added them; the decoder's is not told of them.
+        return tuple(
+            feature + conditions[residual] if residual in conditions else feature
+            for feature, residual in zip(features, self._crossing.residuals, strict=True)
+        )
 
 
 class Decoder(nn.Module):
@@ -89,21 +99,28 @@ class Decoder(nn.Module):
             features: the last M key calls' features, each [M, B, ...].
             weights: the blend [K, M]; call k mixes sum_m weights[k, m] features[m].
             timesteps: the calls' timesteps [K], or one for every row [K, B].
-            conditions: see `Backbone`; of B rows, which every call repeats.
+            conditions: see `Backbone`; of B rows, which every call repeats. Residuals are already
+                in the features.
 
         Returns:
             Noise predictions [K * B, C, h, w], call by call.
         """
         num_calls, batch = weights.shape[0], features[0].shape[1]
         mixed = [blend(weights, tensor) for tensor in features]
-        outputs = self._crossing.restore(mixed)
+        outputs, sizes = self._crossing.restore(mixed), mixed[0]
         repeated = {
             name: tensor.repeat(num_calls, *[1] * (tensor.ndim - 1))
             for name, tensor in conditions.items()
+            if name not in self._backbone.residuals
         }
+        if "F" in self._backbone.latents.shape:  # then each row is a frame
+            batch = next(iter(conditions.values())).shape[0]
+            frames = sizes.shape[0] // (num_calls * batch)
+            sizes = sizes.unflatten(0, (num_calls * batch, frames)).transpose(1, 2)
         timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         timesteps = timesteps.expand(num_calls, batch).flatten()
-        return _replay(self._backbone, self._stages, outputs, mixed[0], timesteps, repeated)
+        children = self._backbone.repeated(self.module, num_calls)
+        return _replay(self._backbone, self._stages, outputs, sizes, timesteps, repeated, children)
 
 
 class Halves:
@@ -116,10 +133,11 @@ class Halves:
         cut: where it is cut.
 
     Raises:
-        CheckpointError: no family knows the denoiser, or it has no such cut.
+        CheckpointError: no family knows the denoiser or its attention, or it has no such cut.
     """
 
     def __init__(self, module: Any, cut: Cut) -> None:
+        refuse_unknown_attention(module)
         backbone = backbone_of(module)
         stages = backbone.stages_before(cut)
         module_class: Any = type(module)
@@ -217,13 +235,17 @@ def _replay(
     latents: Tensor,
     timesteps: Tensor,
     conditions: Conditions,
+    others: Mapping[str, Any],
 ) -> Tensor:
-    """Run the forward with recorded outputs for the stages; of the latents only the size counts."""
+    """Run the forward with recorded outputs for the stages, and with some other children.
+
+    Of the latents only the size counts.
+    """
     children = {
         path: _StandIn(backbone.module.get_submodule(path), lambda *_, output=output, **__: output)
         for path, output in zip(stages, outputs, strict=True)
     }
-    copied = _with_children(_copy(backbone), children)
+    copied = _with_children(_with_children(_copy(backbone), others), children)
     return backbone.call(copied, latents, timesteps, conditions)
 
 
@@ -237,12 +259,14 @@ class _Crossing:
         structures: how each stage returns it.
         origins: of each place the feature that is to be handed out; the first stands for what
             nobody reads.
+        residuals: name of what may be added to each feature, or an empty one.
     """
 
     features: tuple[TensorSpec, ...]
     live: tuple[int, ...]
     structures: tuple[TreeSpec, ...]
     origins: tuple[int, ...]
+    residuals: tuple[str, ...]
 
     def restore(self, features: Sequence[Tensor]) -> list[Any]:
         """Outputs of the stages, made of features."""
@@ -269,7 +293,10 @@ class _Reads(TorchDispatchMode):
 
 
 #: Two sets of sizes by which a free dimension is told from a fixed one and from any other.
-_TRIED = ({"B": 3, "L": 7, "h": 144, "w": 272}, {"B": 5, "L": 11, "h": 208, "w": 368})
+_TRIED = (
+    {"B": 3, "L": 7, "F": 13, "h": 144, "w": 272},
+    {"B": 5, "L": 11, "F": 17, "h": 208, "w": 368},
+)
 
 
 @lru_cache(maxsize=64)
@@ -281,13 +308,14 @@ def _find_crossing(module_class: Any, config: str, cut: Cut) -> _Crossing:
         inputs, others = (shapes_alone(backbone, sizes) for sizes in _TRIED)
         outputs, other_outputs = (_record(backbone, stages, *one) for one in (inputs, others))
         with _Reads() as reads:
-            _replay(backbone, stages, outputs, *inputs)
+            _replay(backbone, stages, outputs, *inputs, {})
     leaves, other_leaves = tree_leaves(outputs), tree_leaves(other_outputs)
     # A stage may return one tensor twice, as hidden state and as skip; its last place counts.
     places = {id(one): place for place, one in enumerate(leaves)}
     distinct = sorted(places.values())
     live = tuple(place for place in distinct if id(leaves[place]) in reads.seen)
     numbers = {place: number for number, place in enumerate(live)}
+    residual_of = dict(zip(distinct, backbone.residuals, strict=False))
     last = tree_leaves(outputs[-1])
     names = {place: f"skip_{number}" for number, place in enumerate(distinct)}
     if len(last) == 1:
@@ -300,6 +328,7 @@ def _find_crossing(module_class: Any, config: str, cut: Cut) -> _Crossing:
         live=live,
         structures=tuple(tree_flatten(one)[1] for one in outputs),
         origins=tuple(numbers.get(places[id(one)], 0) for one in leaves),
+        residuals=tuple(residual_of.get(place, "") for place in live),
     )
 
 
@@ -307,7 +336,10 @@ def shapes_alone(
     backbone: Backbone, sizes: Mapping[str, int]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Latents, timesteps and conditions of these sizes."""
-    conditions = {one.name: torch.empty(one.size(sizes)) for one in backbone.conditions}
+    conditions = {
+        one.name: torch.empty(one.size(sizes), dtype=torch.int64 if one.dtype == "int64" else None)
+        for one in backbone.conditions
+    }
     return torch.empty(backbone.latents.size(sizes)), torch.empty(1), conditions
 
 
@@ -318,7 +350,7 @@ def _fit(shape: Sequence[int], other: Sequence[int]) -> tuple[Dimension, ...]:
     areas = [f"{one}*{two}" for one, two in zip(sides[::2], sides[1::2], strict=True)]
     known = {
         tuple(TensorSpec("", (text,)).size(sizes)[0] for sizes in _TRIED): text
-        for text in ("B", "L", *areas, *sides)
+        for text in ("B", "L", "F", "B*F", *areas, *sides)
     }
     fitted: list[Dimension] = []
     for lengths in zip(shape, other, strict=True):

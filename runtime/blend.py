@@ -5,7 +5,7 @@ key call (reuse), through the last two (extrapolate), or through the two around 
 F is a call's features, or its prediction where the denoiser is not cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 Blend = Literal["reuse", "extrapolate", "interpolate", "interpolate-refresh"]
@@ -37,3 +37,11 @@ def lagrange_weights(nodes: Sequence[int], call: int) -> tuple[float, ...]:
                 weight *= (call - other) / (node - other)
         weights.append(weight)
     return tuple(weights)
+
+
+def ring_weights(nodes: Mapping[int, int], num_slots: int, call: int) -> tuple[float, ...]:
+    """Weights of a call over a ring, where `nodes` says which slot each key call fills."""
+    row = [0.0] * num_slots
+    for slot, weight in zip(nodes.values(), lagrange_weights(tuple(nodes), call), strict=True):
+        row[slot] = weight
+    return tuple(row)

@@ -64,11 +64,13 @@ class Engines(Protocol):
         """Noise [K * B, C, h, w] of K calls from the ring, weights [K, M], timesteps [K]."""
 
 
-def allocate_ring(
-    engines: Engines, num_slots: int, batch: int, height: int, width: int
-) -> list[Tensor]:
-    """One tensor [M, B, ...] per feature, not yet cleared."""
-    sizes = {"B": batch, "h": height, "w": width}
+def allocate_ring(engines: Engines, num_slots: int, latents: Sequence[int]) -> list[Tensor]:
+    """One tensor [M, B, ...] per feature of latents [B, C, h, w] or [B, C, F, h, w].
+
+    It is not yet cleared.
+    """
+    batch, _, *sides = latents
+    sizes = {"B": batch, **dict(zip("whF", reversed(sides), strict=False))}
     return [
         torch.empty(num_slots, *feature.size(sizes), dtype=engines.dtype, device=engines.device)
         for feature in engines.features

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from encache.errors import PlanError
 from encache.model.spec import NO_CUT
-from encache.runtime.blend import BLENDS, DEFAULT_STRIDE, NUM_SLOTS, Blend, lagrange_weights
+from encache.runtime.blend import BLENDS, DEFAULT_STRIDE, NUM_SLOTS, Blend, ring_weights
 from encache.runtime.schedulers import full_config
 from encache.runtime.settings import FULL, Policy
 from encache.runtime.solver import PRIOR_NOISE, Columns, Scheduler, SolverTable, probe_solver
@@ -22,6 +22,13 @@ from encache.runtime.solver import PRIOR_NOISE, Columns, Scheduler, SolverTable,
 PAPER_KEY_CALLS: dict[int, tuple[int, ...]] = {
     50: (0, 1, 2, 3, 5, 10, 15, 25, 35),
     20: (0, 1, 2, 3, 5, 10, 15),
+}
+#: Published key calls by name, then by number of calls: the paper's, and those that its authors'
+#: code has for the two stages of DeepFloyd-IF.
+NAMED_KEY_CALLS: dict[str, dict[int, tuple[int, ...]]] = {
+    "paper": PAPER_KEY_CALLS,
+    "if-1": {100: (*range(10), *range(10, 86, 5), *range(86, 100))},
+    "if-2": {50: (*range(20), *range(20, 41, 2), *range(41, 50))},
 }
 
 Row = tuple[float, ...]
@@ -147,13 +154,24 @@ def strides_within(strides: Sequence[int], num_calls: int) -> tuple[int, ...]:
 
 def paper_key_calls(num_calls: int) -> tuple[int, ...]:
     """The key calls that Faster Diffusion publishes for this number of calls."""
-    if num_calls not in PAPER_KEY_CALLS:
-        known = " and ".join(map(str, PAPER_KEY_CALLS))
+    return named_key_calls("paper", num_calls)
+
+
+def named_key_calls(name: str, num_calls: int) -> tuple[int, ...]:
+    """The key calls that are published under a name for this number of calls."""
+    if name not in NAMED_KEY_CALLS:
         raise PlanError(
-            f"The paper gives key calls for {known} calls, not for {num_calls}. Use --stride, or "
+            f"There are no key calls {name!r}. Choose one of {', '.join(NAMED_KEY_CALLS)}."
+        )
+    lists = NAMED_KEY_CALLS[name]
+    if num_calls not in lists:
+        known = " and ".join(map(str, lists))
+        source = "The paper" if name == "paper" else f"{name!r}"
+        raise PlanError(
+            f"{source} gives key calls for {known} calls, not for {num_calls}. Use a stride, or "
             "list the key calls."
         )
-    return PAPER_KEY_CALLS[num_calls]
+    return lists[num_calls]
 
 
 def check_key_calls(key_calls: Sequence[int], num_calls: int) -> tuple[int, ...]:
@@ -192,11 +210,12 @@ def make_plan(
         raise PlanError(f"There is no blend {policy.blend!r}. Choose one of {', '.join(BLENDS)}.")
     config = json.dumps(full_config(scheduler))
     whole = policy.cut == NO_CUT
-    most_calls = None if whole else _calls_within(max_decode_batch, rows_per_call)
+    most_calls = None if whole else calls_within(max_decode_batch, rows_per_call)
     return _make_plan(type(scheduler), config, num_steps, policy, most_calls)
 
 
-def _calls_within(max_decode_batch: int | None, rows_per_call: int) -> int | None:
+def calls_within(max_decode_batch: int | None, rows_per_call: int) -> int | None:
+    """How many calls one decoder run may take; None if nothing bounds it."""
     if max_decode_batch is None:
         return None
     if max_decode_batch < rows_per_call:
@@ -320,12 +339,8 @@ def _decode(
     table: SolverTable, calls: range, nodes: tuple[int, ...], keys: tuple[int, ...], slots: int
 ) -> Decode:
     """A decoder run whose weights interpolate the `nodes`, each in the slot of its key call."""
-    rows = []
-    for call in calls:
-        row = [0.0] * slots
-        for node, weight in zip(nodes, lagrange_weights(nodes, call), strict=True):
-            row[keys.index(node) % slots] = weight
-        rows.append(tuple(row))
+    places = {node: keys.index(node) % slots for node in nodes}
+    rows = [ring_weights(places, slots, call) for call in calls]
     timesteps = tuple(table.timesteps[calls.start : calls.stop].tolist())
     return Decode(calls.start, calls.stop, timesteps, tuple(rows))
 

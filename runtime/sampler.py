@@ -41,7 +41,7 @@ class Sampling:
         self._engines = engines
         self._num_guided = num_guided
         self._guide = guide
-        self._ring = allocate_ring(engines, plan.num_slots, num_guided * shape[0], *shape[2:])
+        self._ring = allocate_ring(engines, plan.num_slots, (num_guided * shape[0], *shape[1:]))
         # What a run starts from, and its predictions; the plan's rows are coefficients over it.
         self._history = torch.empty(len(plan.columns), *shape, device=engines.device)
         self._samples = self._place(plan.samples)

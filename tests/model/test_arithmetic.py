@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from encache.model.arithmetic import count_arithmetic
 from encache.model.spec import CUTS
 from tests.conftest import TEXT_WIDTH, tiny_unet
+from tests.families import tiny_dit, tiny_if_unet, tiny_video_unet
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -20,6 +21,19 @@ def test_halves_add_up(cut):
     counted = count_arithmetic(unet, cut, 8, 8, text_length=7)
     # Both halves embed the time, which the undivided UNet does once.
     assert counted.full == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "cut", "frames"),
+    [(tiny_if_unet, "mid", 1), (tiny_dit, "1", 1), (tiny_video_unet, "mid", 3)],
+)
+def test_halves_of_other_families_add_up(make, cut, frames):
+    whole, halves = (
+        count_arithmetic(make(), one, 8, 8, text_length=7, num_frames=frames)
+        for one in ("none", cut)
+    )
+    assert 0.1 * whole.full < halves.decoder < 0.9 * whole.full
+    assert halves.full == pytest.approx(whole.full, rel=0.05)
 
 
 def test_stable_diffusion_1_5():

@@ -152,9 +152,10 @@ def test_a_denoiser_of_no_known_family_is_refused():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"class_embed_type": "timestep"}, "class conditioning"),
-        ({"time_cond_proj_dim": 8}, "distilled guidance"),
-        ({"addition_embed_type": "text"}, "addition_embed_type text"),
+        ({"class_embed_type": "identity"}, "class_embed_type identity"),
+        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}, "encoder_hid_dim_type"),
+        ({"addition_embed_type": "image", "encoder_hid_dim": 8}, "addition_embed_type image"),
+        ({"attention_type": "gated"}, "gated attention"),
     ],
 )
 def test_unsupported_conditioning_is_refused(changes, reason):
