@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encache.model.backbone import Conditions
 from encache.runtime.engines import Engines, allocate_ring
-from encache.runtime.plan import Decode, Evaluate, Plan, Row
+from encache.runtime.plan import Branches, Decode, Evaluate, Plan, Row
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ class Sampling:
         if not len(broken):
             return None
         steps = self.plan.steps
-        whole = [step.call for step in steps if isinstance(step, Evaluate) and step.slot is None]
+        evaluations = [step for step in steps if isinstance(step, Evaluate)]
+        whole = [one.call for one in evaluations for _ in range(one.num_columns)]
         return (whole or range(self.plan.num_calls))[int(broken[0])]
 
     def _run(self, noise: Tensor, conditions: Conditions, on_finished: OnFinished | None) -> Tensor:
@@ -91,19 +92,37 @@ class Sampling:
         for step, (numbers, timesteps), finished in steps:
             if isinstance(step, Decode):
                 predicted = self._decode(numbers, timesteps, conditions)
+                added = self._guide(self._by_branch(predicted, noise))
             else:
                 latents = self._combine(numbers).to(self._engines.dtype)
-                latents = latents.repeat(self._num_guided, 1, 1, 1)
                 if step.slot is not None:
+                    latents = latents.repeat(self._num_guided, 1, 1, 1)
                     self._engines.encode(latents, timesteps, conditions, self._ring, step.slot)
                     continue
-                predicted = self._engines.denoise(latents, timesteps, conditions)
-            predicted = predicted.float().view(-1, self._num_guided, *noise.shape)
-            self._history[filled : filled + len(predicted)] = self._guide(predicted)
-            filled += len(predicted)
+                added = self._denoise(latents, timesteps, conditions, step.branches)
+            self._history[filled : filled + len(added)] = added
+            filled += len(added)
             if on_finished:
                 on_finished(finished, self._latents_before)
         return self._latents_before(self.plan.num_calls)
+
+    def _denoise(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, branches: Branches
+    ) -> Tensor:
+        """What an evaluation adds to the history: one or two columns [K, n, C, h, w]."""
+        if branches == "conditional":
+            conditions = {name: one[-len(latents) :] for name, one in conditions.items()}
+            return self._engines.denoise(latents, timestep, conditions)[None]
+        rows = latents.repeat(self._num_guided, 1, 1, 1)
+        predicted = self._by_branch(self._engines.denoise(rows, timestep, conditions), latents)
+        guided = self._guide(predicted)
+        if branches == "guided":
+            return guided
+        return torch.cat([guided, predicted[:, 1] - predicted[:, 0]])
+
+    def _by_branch(self, predicted: Tensor, latents: Tensor) -> Tensor:
+        """Predictions of whole calls [K * G * n, C, h, w] as [K, G, n, C, h, w], float32."""
+        return predicted.float().view(-1, self._num_guided, *latents.shape)
 
     def _decode(self, weights: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Noise of the calls in one run of the decoder, or in as many as memory asks for."""
