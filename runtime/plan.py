@@ -104,6 +104,11 @@ class Plan:
         """Runs of the denoiser, or of its encoder where it is cut, per image."""
         return sum(isinstance(step, Evaluate) for step in self.steps)
 
+    def count_rows(self, num_guided: int) -> int:
+        """Rows of the denoiser, or of its encoder, per image; G of them per evaluation or one."""
+        steps = (step for step in self.steps if isinstance(step, Evaluate))
+        return sum(1 if step.branches == "conditional" else num_guided for step in steps)
+
     @property
     def num_decoder_runs(self) -> int:
         """Decoder batches per image."""

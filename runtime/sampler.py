@@ -20,6 +20,38 @@ Guide = Callable[[Tensor], Tensor]
 OnFinished = Callable[[range, Callable[[int], Tensor]], None]
 
 
+def evaluate(
+    engines: Engines,
+    guide: Guide,
+    latents: Tensor,
+    timestep: Tensor,
+    conditions: Conditions,
+    branches: Branches,
+) -> Tensor:
+    """Run a whole denoiser once, for what that adds to the history.
+
+    Args:
+        engines: without a cut.
+        guide: see `Guide`.
+        latents: [n, C, h, w], in the engines' dtype.
+        timestep: [1].
+        conditions: of G * n rows each.
+        branches: see `Branches`.
+
+    Returns:
+        One or two columns [K, n, C, h, w], float32.
+    """
+    num_guided = len(next(iter(conditions.values()))) // len(latents)
+    if branches == "conditional":
+        conditions = {name: one[-len(latents) :] for name, one in conditions.items()}
+        return engines.denoise(latents, timestep, conditions)[None].float()
+    predicted = engines.denoise(latents.repeat(num_guided, 1, 1, 1), timestep, conditions)
+    by_branch = predicted.float().view(1, num_guided, *latents.shape)
+    if branches == "guided":
+        return guide(by_branch)
+    return torch.cat([guide(by_branch), by_branch[:, 1] - by_branch[:, 0]])
+
+
 class Sampling:
     """A plan with its buffers and numbers on the engines' device, for one batch and size.
 
@@ -91,38 +123,22 @@ class Sampling:
         steps = zip(self.plan.steps, self._numbers, self.plan.finished, strict=True)
         for step, (numbers, timesteps), finished in steps:
             if isinstance(step, Decode):
-                predicted = self._decode(numbers, timesteps, conditions)
-                added = self._guide(self._by_branch(predicted, noise))
+                predicted = self._decode(numbers, timesteps, conditions).float()
+                added = self._guide(predicted.view(-1, self._num_guided, *noise.shape))
             else:
                 latents = self._combine(numbers).to(self._engines.dtype)
                 if step.slot is not None:
                     latents = latents.repeat(self._num_guided, 1, 1, 1)
                     self._engines.encode(latents, timesteps, conditions, self._ring, step.slot)
                     continue
-                added = self._denoise(latents, timesteps, conditions, step.branches)
+                added = evaluate(
+                    self._engines, self._guide, latents, timesteps, conditions, step.branches
+                )
             self._history[filled : filled + len(added)] = added
             filled += len(added)
             if on_finished:
                 on_finished(finished, self._latents_before)
         return self._latents_before(self.plan.num_calls)
-
-    def _denoise(
-        self, latents: Tensor, timestep: Tensor, conditions: Conditions, branches: Branches
-    ) -> Tensor:
-        """What an evaluation adds to the history: one or two columns [K, n, C, h, w]."""
-        if branches == "conditional":
-            conditions = {name: one[-len(latents) :] for name, one in conditions.items()}
-            return self._engines.denoise(latents, timestep, conditions)[None]
-        rows = latents.repeat(self._num_guided, 1, 1, 1)
-        predicted = self._by_branch(self._engines.denoise(rows, timestep, conditions), latents)
-        guided = self._guide(predicted)
-        if branches == "guided":
-            return guided
-        return torch.cat([guided, predicted[:, 1] - predicted[:, 0]])
-
-    def _by_branch(self, predicted: Tensor, latents: Tensor) -> Tensor:
-        """Predictions of whole calls [K * G * n, C, h, w] as [K, G, n, C, h, w], float32."""
-        return predicted.float().view(-1, self._num_guided, *latents.shape)
 
     def _decode(self, weights: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Noise of the calls in one run of the decoder, or in as many as memory asks for."""
