@@ -60,7 +60,9 @@ def denoiser(engines: Engines, guidance_scale: float | None) -> Denoise:
     def denoise(
         latents: Tensor, timestep: Tensor, conditions: Conditions, branches: Branches
     ) -> Tensor:
-        return evaluate(engines, guide, latents.to(engines.dtype), timestep, conditions, branches)
+        return evaluate(
+            engines.denoise, guide, latents.to(engines.dtype), timestep, conditions, branches
+        )
 
     return denoise
 
@@ -104,20 +106,28 @@ def widen(rule: Plan, branches: Sequence[Branches], guidance_scale: float) -> Pl
         place += step.num_columns
     samples = torch.tensor(rule.samples, dtype=torch.float64) @ made
     wide = replace(rule, blend="fitted", steps=tuple(steps), columns=columns)
-    return _with_samples(wide, rule, samples)
+    return with_samples(wide, samples, input_scales(rule))
 
 
-def _with_samples(plan: Plan, rule: Plan, samples: Tensor) -> Plan:
-    """The plan with these rows [N + 1, columns], from which the denoiser's inputs follow.
+def input_scales(plan: Plan) -> list[float]:
+    """By how much the latents before each evaluation are multiplied for the denoiser.
 
-    Some solvers scale the latents for the denoiser; the factor is the rule's.
+    Some solvers scale them; a multiplication's factor shows on any number.
     """
-    steps = []
-    for step, known in zip(evaluations_of(plan), evaluations_of(rule), strict=True):
-        row = torch.tensor(known.row, dtype=torch.float64)
-        latents = torch.tensor(rule.samples[step.call], dtype=torch.float64)
-        largest = latents.abs().argmax()
-        steps.append(replace(step, row=_row(samples[step.call] * (row / latents)[largest])))
+    scales = []
+    for step in evaluations_of(plan):
+        latents = plan.samples[step.call]
+        largest = max(range(len(latents)), key=lambda column: abs(latents[column]))
+        scales.append(step.row[largest] / latents[largest])
+    return scales
+
+
+def with_samples(plan: Plan, samples: Tensor, scales: Sequence[float]) -> Plan:
+    """The plan with these rows [N + 1, columns], from which the denoiser's inputs follow."""
+    steps = [
+        replace(step, row=_row(samples[step.call] * scale))
+        for step, scale in zip(evaluations_of(plan), scales, strict=True)
+    ]
     return replace(plan, steps=tuple(steps), samples=tuple(map(_row, samples)))
 
 
@@ -148,12 +158,12 @@ def fit_weights(
         The plan with other rows.
     """
     samples = torch.tensor(rule.samples, dtype=torch.float64)
-    fitted = samples.clone()
+    fitted, scales = samples.clone(), input_scales(rule)
     stops = [*rule.key_calls[1:], rule.num_calls]
     for batch in batches:
         batch.history[:] = [batch.noise]
     for index, stop in enumerate(stops):
-        step = evaluations_of(_with_samples(rule, rule, fitted))[index]
+        step = evaluations_of(with_samples(rule, fitted, scales))[index]
         calls = range(step.call + 1, stop + 1)
         for batch in batches:
             _run(batch, step, denoise)
@@ -166,7 +176,7 @@ def fit_weights(
         filled = normal.gram.shape[-1]
         fitted[calls.start : calls.stop, :filled] += _solve_validated(normal, ridges).T
         on_segment()
-    return _with_samples(rule, rule, fitted)
+    return with_samples(rule, fitted, scales)
 
 
 def _run(batch: Batch, step: Evaluate, denoise: Denoise) -> None:
@@ -176,9 +186,9 @@ def _run(batch: Batch, step: Evaluate, denoise: Denoise) -> None:
     batch.history.extend(denoise(latents, timestep, batch.conditions, step.branches))
 
 
-def combine(row: Row, history: Sequence[Tensor]) -> Tensor:
+def combine(row: Tensor | Row, history: Sequence[Tensor]) -> Tensor:
     """row . history, as far as that is filled."""
-    coefficients = history[0].new_tensor(row[: len(history)])
+    coefficients = torch.as_tensor(row[: len(history)]).to(history[0])
     return torch.tensordot(coefficients, torch.stack(list(history)), 1)
 
 

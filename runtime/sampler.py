@@ -21,7 +21,7 @@ OnFinished = Callable[[range, Callable[[int], Tensor]], None]
 
 
 def evaluate(
-    engines: Engines,
+    denoise: Callable[[Tensor, Tensor, Conditions], Tensor],
     guide: Guide,
     latents: Tensor,
     timestep: Tensor,
@@ -31,9 +31,9 @@ def evaluate(
     """Run a whole denoiser once, for what that adds to the history.
 
     Args:
-        engines: without a cut.
+        denoise: of `Engines`, without a cut.
         guide: see `Guide`.
-        latents: [n, C, h, w], in the engines' dtype.
+        latents: [n, C, h, w], in the denoiser's dtype.
         timestep: [1].
         conditions: of G * n rows each.
         branches: see `Branches`.
@@ -44,8 +44,8 @@ def evaluate(
     num_guided = len(next(iter(conditions.values()))) // len(latents)
     if branches == "conditional":
         conditions = {name: one[-len(latents) :] for name, one in conditions.items()}
-        return engines.denoise(latents, timestep, conditions)[None].float()
-    predicted = engines.denoise(latents.repeat(num_guided, 1, 1, 1), timestep, conditions)
+        return denoise(latents, timestep, conditions)[None].float()
+    predicted = denoise(latents.repeat(num_guided, 1, 1, 1), timestep, conditions)
     by_branch = predicted.float().view(1, num_guided, *latents.shape)
     if branches == "guided":
         return guide(by_branch)
@@ -131,8 +131,9 @@ class Sampling:
                     latents = latents.repeat(self._num_guided, 1, 1, 1)
                     self._engines.encode(latents, timesteps, conditions, self._ring, step.slot)
                     continue
+                denoise = self._engines.denoise
                 added = evaluate(
-                    self._engines, self._guide, latents, timesteps, conditions, step.branches
+                    denoise, self._guide, latents, timesteps, conditions, step.branches
                 )
             self._history[filled : filled + len(added)] = added
             filled += len(added)
