@@ -90,7 +90,7 @@ class Freedom:
         self._scales = input_scales(plan)
         self._stops = [*plan.key_calls[1:], plan.num_calls]
         columns = [torch.stack(list(one)).flatten(1).double().cpu() for one in histories]
-        gram = sum(one @ one.T / one.shape[1] for one in columns) / len(columns)
+        gram = torch.stack([one @ one.T / one.shape[1] for one in columns]).mean(0)
         self._whitened = [_inverse_root(gram[:filled, :filled]) for filled in plan.filled]
         self._sizes = [*plan.filled, len(self._steps)]
 

@@ -25,7 +25,7 @@ from encache.runtime.schedulers import full_config
 from encache.runtime.settings import FULL, Settings
 
 #: Pictures drawn together, and the most that a stop loses.
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 #: Seeds, apart from each other and from those of `encache-eval`, which begin at 0.
 FIRST_SEED, FIRST_HELD_OUT_SEED = 1_000_000, 2_000_000
 
@@ -116,12 +116,8 @@ class Trajectories:
         )
         return torch.from_numpy(stored["latents"]).float()
 
-    def batches(self, pictures: Pictures, numbers: range | None = None) -> list[Batch]:
-        """What a fit needs of the pictures, or of some of them."""
-        chosen = range(pictures.number) if numbers is None else numbers
-        return [self._batch(pictures, batch) for batch in pictures.batches if batch.start in chosen]
-
-    def _batch(self, pictures: Pictures, numbers: range) -> Batch:
+    def batch(self, pictures: Pictures, numbers: range) -> Batch:
+        """What a fit needs of some pictures."""
         jobs = pictures.jobs(numbers)
         noise = noise_of(self.pipeline, jobs).to(self.pipeline.device)
         texts = encode_prompts(

@@ -117,7 +117,7 @@ def read_plans(path: Path) -> tuple[FittedPlan, ...]:
             raise ValueError("it holds no plan")
         plans = [
             FittedPlan(
-                _parse_plan(_get(one, "plan", dict)),
+                parse_plan(_get(one, "plan", dict)),
                 fitted_on,
                 _parse_measured(_get(one, "measured", dict)),
             )
@@ -216,11 +216,8 @@ def _explaining(path: Path) -> Iterator[None]:
 def _get(data: Any, name: str, kind: type) -> Any:
     """A value of a JSON object, which must be of this kind."""
     if not isinstance(data, dict) or not isinstance(data.get(name), kind):
-        raise ValueError(f"{name!r} is missing, or no {_KINDS[kind]}")
+        raise ValueError(f"{name!r} is missing, or no {kind.__name__}")
     return data[name]
-
-
-_KINDS = {dict: "object", list: "list", str: "text"}
 
 
 def _number(data: Any, name: str) -> float:
@@ -268,8 +265,12 @@ def _parse_measured(data: Mapping[str, Any]) -> Measured:
     )
 
 
-def _parse_plan(data: Mapping[str, Any]) -> Plan:
-    """A plan for the output cache, whose every row reads only what is there by then."""
+def parse_plan(data: Mapping[str, Any]) -> Plan:
+    """The plan for the output cache that parsed JSON describes.
+
+    Raises:
+        ValueError: it is none, or a row reads what is not there by then.
+    """
     num_calls = _whole(data, "num_calls")
     steps = [_parse_step(one) for one in _get(data, "steps", list)]
     columns = Columns(sum(step.num_columns for step in steps))
