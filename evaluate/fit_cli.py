@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from encache.command import Command, echo_path, typed_options
+from encache.errors import EncacheError, PlanError
 from encache.export.options import EngineDir, ModelOptions
 from encache.model.checkpoint import Checkpoint, default_model
 from encache.model.preset import Preset
@@ -57,7 +58,7 @@ class _FitOptions:
         help="One prompt per line, or COCO's captions (.json). Default: the shipped model's own. "
         "Every fourth one is held out.",
     )
-    num_images: int = option(type=click.IntRange(8), default=64, help="Pictures to fit on.")
+    num_images: int = option(type=click.IntRange(8), default=256, help="Pictures to fit on.")
     num_held_out: int = option(type=click.IntRange(2), default=64, help="Pictures to measure on.")
     refine_steps: int = option(
         type=click.IntRange(0), default=80, help="Steps of gradient descent; 0 does without."
@@ -186,10 +187,15 @@ def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
         listed = paper_key_calls(num_calls) if plans.key_calls == "paper" else plans.key_calls
         return [listed]
     budgets = sorted({*plans.runs}) or [min(_DEFAULT_RUNS, num_calls)]
+    for budget in budgets:
+        if budget > num_calls:
+            raise PlanError(f"A plan runs between 1 and {num_calls} calls, not {budget}.")
     if not plans.search:
         return [spread_key_calls(budget, num_calls) for budget in budgets]
-    from encache.evaluate.search import Search, search_key_calls
-
+    try:
+        from encache.evaluate.search import Search, search_key_calls
+    except ImportError as error:
+        raise EncacheError('--search needs pymoo: pip install "encache[fit]".') from error
     found = search_key_calls(
         num_calls,
         budgets,

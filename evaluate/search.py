@@ -17,7 +17,6 @@ from pymoo.core.repair import Repair
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.optimize import minimize
 
-from encache.errors import PlanError
 from encache.evaluate.fitting import spread_key_calls
 from encache.runtime.plan import PAPER_KEY_CALLS
 
@@ -54,13 +53,7 @@ def search_key_calls(
         budgets: numbers of evaluations, each between 1 and the calls.
         error_of: of key calls; asked once for each candidate.
         settings: see `Search`.
-
-    Raises:
-        PlanError: a budget is out of bounds.
     """
-    for budget in budgets:
-        if not 1 <= budget <= num_calls:
-            raise PlanError(f"A plan runs between 1 and {num_calls} calls, not {budget}.")
     known: dict[KeyCalls, float] = {}
 
     def ask(keys: KeyCalls) -> float:

@@ -93,7 +93,7 @@ class Plan:
     num_calls: int
     num_slots: int
     key_calls: tuple[int, ...]
-    blend: Blend | Literal["fitted"]
+    blend: str
     steps: tuple[Evaluate | Decode, ...]
     columns: Columns
     samples: tuple[Row, ...]

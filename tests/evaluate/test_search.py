@@ -1,8 +1,5 @@
 """The search finds the key calls that a known error asks for."""
 
-import pytest
-
-from encache.errors import PlanError
 from encache.evaluate.fitting import spread_key_calls
 from encache.evaluate.search import Search, search_key_calls
 
@@ -35,9 +32,3 @@ def test_it_finds_planted_key_calls():
 def test_it_is_never_worse_than_its_seeds():
     found = search_key_calls(NUM_CALLS, (5,), lambda keys: keys != (0, 4, 8, 12, 16), Search(8, 1))
     assert found == {5: spread_key_calls(5, NUM_CALLS)}
-
-
-@pytest.mark.parametrize("budget", [0, 21])
-def test_a_budget_out_of_bounds_is_refused(budget):
-    with pytest.raises(PlanError, match=f"between 1 and 20 calls, not {budget}"):
-        search_key_calls(NUM_CALLS, (budget,), len, Search())
