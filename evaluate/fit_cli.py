@@ -17,7 +17,6 @@ from encache.options import option, takes
 from encache.runtime.options import KeyCalls, SolverOptions, parse_key_calls
 
 if TYPE_CHECKING:
-    from encache.evaluate.fit import Denoise
     from encache.evaluate.fitting import Fitter
     from encache.evaluate.trajectories import Trajectories
     from encache.runtime.planfile import FittedPlan
@@ -109,7 +108,7 @@ def main(
     prompts = _read_prompts(fitting.prompts, checkpoint)
 
     from encache.evaluate.fitting import Fitter, apart
-    from encache.evaluate.refine import Refinement
+    from encache.evaluate.refine import Refinement, differentiable_model
     from encache.evaluate.trajectories import split_prompts
     from encache.files import check_new
     from encache.runtime.planfile import write_plans
@@ -124,7 +123,7 @@ def main(
         pictures,
         held_out,
         Refinement(fitting.refine_steps) if fitting.refine_steps else None,
-        lambda: _gradients(checkpoint, scale),
+        lambda: differentiable_model(checkpoint, scale),
     )
     found = []
     for keys in _key_calls(fitter, plans):
@@ -203,21 +202,6 @@ def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
         Search(generations=plans.search),
     )
     return list(found.values())
-
-
-def _gradients(checkpoint: Checkpoint, guidance_scale: float) -> "Denoise":
-    """The model in PyTorch, for gradients."""
-    import torch
-
-    from encache.evaluate.refine import differentiable
-    from encache.model.backbone import backbone_of
-    from encache.model.loading import load_pipeline
-    from encache.model.spec import rows_per_picture
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = load_pipeline(checkpoint, torch.float32, device).unet.requires_grad_(False)
-    guided = rows_per_picture(guidance_scale) == 2
-    return differentiable(backbone_of(unet), guidance_scale if guided else None)
 
 
 def _describe(found: "FittedPlan") -> str:

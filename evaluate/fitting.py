@@ -114,11 +114,20 @@ class Fitter:
         plan = make_plan(self.trajectories.pipeline.scheduler, settings.steps, policy)
         return widen(plan, wanted.branches, settings.guidance_scale)
 
-    def fit(self, wanted: Wanted) -> Plan:
-        """Fit the weights by least squares, and refine them; whichever serves validation best."""
+    def fit_squares(self, wanted: Wanted) -> Plan:
+        """Fit the weights by least squares."""
         rule = self.rule(wanted)
-        fitted = self._keep(rule, {"ridges": RIDGES, "folds": FOLDS}, lambda: self._fit(rule))
-        candidates = [rule, fitted]
+        described = {"fitted": rule.hash(), "ridges": RIDGES, "folds": FOLDS, **self._described}
+
+        def make() -> Arrays:
+            return {"plan": np.array(self._fit(rule).to_json())}
+
+        return parse_plan(json.loads(self.trajectories.store.get(described, make)["plan"].item()))
+
+    def fit(self, wanted: Wanted) -> Plan:
+        """Fit the weights, and refine them; whatever serves validation best, the rule included."""
+        fitted = self.fit_squares(wanted)
+        candidates = [self.rule(wanted), fitted]
         if self.refinement:
             candidates.append(self._refine(fitted, self.refinement))
         return min(candidates, key=self.validation_error)
@@ -140,8 +149,8 @@ class Fitter:
 
     def measure(self, plan: Plan, wanted: Wanted) -> FittedPlan:
         """Measure a plan on the pictures held out, beside the rule with the same key calls."""
-        errors, similar = self._compare(plan)
-        rule_errors, _ = self._compare(self.rule(wanted))
+        errors, similar = self.compare(plan)
+        rule_errors, _ = self.compare(self.rule(wanted))
         prompts = [job.prompt for job in self.held_out.jobs(range(self.held_out.number))]
         measured = Measured(
             num_pictures=self.held_out.number,
@@ -172,15 +181,8 @@ class Fitter:
                 plan, *self._batches, self.denoise, self.gradients, settings, keep, bar.update
             )
 
-    def _keep(self, rule: Plan, options: dict[str, Any], make: Callable[[], Plan]) -> Plan:
-        described = {"fitted": rule.hash(), **options, **self._described}
-        stored = self.trajectories.store.get(
-            described, lambda: {"plan": np.array(make().to_json())}
-        )
-        return parse_plan(json.loads(stored["plan"].item()))
-
-    def _compare(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        """Relative squared error of the latents, and PSNR, of every picture held out."""
+    def compare(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """Relative squared error of the latents, and PSNR, of every picture held out [n] each."""
         pipeline, held_out = self.trajectories.pipeline, self.held_out
 
         def measure(numbers: range) -> Arrays:

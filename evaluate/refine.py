@@ -25,7 +25,10 @@ from encache.evaluate.fit import (
     run_plan,
     with_samples,
 )
-from encache.model.backbone import Backbone, Conditions
+from encache.model.backbone import Backbone, Conditions, backbone_of
+from encache.model.checkpoint import Checkpoint
+from encache.model.loading import load_pipeline
+from encache.model.spec import rows_per_picture
 from encache.runtime.guidance import make_guide
 from encache.runtime.plan import Branches, Plan
 from encache.runtime.sampler import evaluate
@@ -69,6 +72,14 @@ def differentiable(backbone: Backbone, guidance_scale: float | None) -> Denoise:
         )
 
     return differentiable_denoise
+
+
+def differentiable_model(checkpoint: Checkpoint, guidance_scale: float) -> Denoise:
+    """A checkpoint's denoiser, loaded for that in fp32, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = load_pipeline(checkpoint, torch.float32, device).unet.requires_grad_(False)
+    guided = rows_per_picture(guidance_scale) == 2
+    return differentiable(backbone_of(unet), guidance_scale if guided else None)
 
 
 class Freedom:

@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 from encache.errors import PlanError
 from encache.files import parse_json, write_json
-from encache.model.spec import rows_per_picture
+from encache.model.preset import Preset
+from encache.model.spec import NO_CUT, rows_per_picture
 from encache.runtime.plan import Branches, Evaluate, Plan, Row
 from encache.runtime.solver import Columns
 
@@ -45,6 +46,16 @@ class FittedOn:
     guidance_scale: float
     prompts: str
     num_pictures: int
+
+    @property
+    def preset(self) -> Preset:
+        """How a run has to be sampled for such a plan, as weights say it that want to be."""
+        return Preset(
+            scheduler=json.loads(self.scheduler),
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            cut=NO_CUT,
+        )
 
 
 @dataclass(frozen=True)
