@@ -4,12 +4,14 @@ What a plan does between two evaluations is one row of coefficients over its his
 latents x = c . h. For every call of a segment, the row is sought that brings the pictures i nearest
 to the full sampler's latents x*:
 
-    min_c  sum_i ||h_i c - x*_i||^2 / ||x*_i,N||^2 + ridge tr(A) / K ||c - c_rule||^2
+    min_c  sum_i w_i ||h_i c - x*_i||^2 / ||x*_i,N||^2 + ridge tr(A) / K ||c - c_rule||^2
 
 A [K, K] is the first sum's Gram matrix, and c_rule the row by which the rule that the fit starts
 from goes on. It is a closed loop: the columns h are those that the plan, as far as it is fitted,
-fills itself. How much freedom the pictures pay for, none included, is found by leaving some of
-them out.
+fills itself. A few pictures end as other pictures whatever the numbers are; lest they decide all,
+the weights w_i = 1 / (1 + e_i / median e) of Cauchy's distribution fall with the relative squared
+error e_i that the rule leaves. How much freedom the pictures pay for, none included, is found by
+leaving some of them out.
 """
 
 from collections.abc import Callable, Sequence
@@ -222,23 +224,29 @@ class _Normal:
 
 
 def _normal_equations(batches: Sequence[Batch], rows: Tensor, calls: range, folds: int) -> _Normal:
-    """Of the latents of these calls over the histories; each picture weighs as its error does."""
+    """Of the latents of these calls over the histories, weighted as the module says."""
     columns = len(batches[0].history)
-    gram = torch.zeros(folds, columns, columns, dtype=torch.float64)
-    moment = torch.zeros(folds, columns, len(calls), dtype=torch.float64)
-    number = 0
     own = rows[calls.start : calls.stop, :columns]
-    number = 0
+    grams, moments, errors = [], [], []
     for batch in batches:
-        # [n, K, D] and [n, calls, D], in which the pictures weigh as in a relative error.
+        # [n, K, D] and [n, calls + 1, D]
         histories = torch.stack(batch.history, 1).flatten(2).double().cpu()
         seen = batch.wanted()[[*calls, -1]].transpose(0, 1).flatten(2).double().cpu()
         sizes = seen[:, -1].norm(dim=-1)
-        for history, wanted, size in zip(histories, seen[:, :-1], sizes, strict=True):
-            left = (wanted - own @ history) / size
-            gram[number % folds] += history @ history.T / size**2
-            moment[number % folds] += history @ left.T / size
-            number += 1
+        for history, wanted, size in zip(
+            histories / sizes[:, None, None], seen, sizes, strict=True
+        ):
+            left = wanted[:-1] / size - own @ history
+            grams.append(history @ history.T)
+            moments.append(history @ left.T)
+            errors.append(left[-1].square().sum())
+    error = torch.stack(errors)
+    weights = 1 / (1 + error / error.median().clamp(min=1e-30))
+    parts = [torch.arange(len(weights)) % folds == fold for fold in range(folds)]
+    gram, moment = (
+        torch.stack([torch.einsum("n,nij->ij", weights[part], one[part]) for part in parts])
+        for one in (torch.stack(grams), torch.stack(moments))
+    )
     return _Normal(gram, moment)
 
 
