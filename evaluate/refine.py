@@ -47,9 +47,9 @@ class Refinement:
     Attributes:
         steps: of gradient descent, each on one batch of pictures.
         kept: steps between two looks at the validation pictures, and the most that a stop loses.
-        rate: largest change per step of the latents' share, and of `timestep_unit`; it falls to
-            zero as a cosine.
-        timestep_unit: how many training timesteps count as much as latents' own size.
+        rate: about how far a number moves in a step, in the units of `Freedom`; it falls to zero as
+            a cosine.
+        timestep_unit: training timesteps that count as one unit.
     """
 
     steps: int = 80

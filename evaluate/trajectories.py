@@ -8,12 +8,14 @@ prompt and in seed.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from encache import __version__
 from encache.evaluate.fit import Batch
 from encache.evaluate.store import Store
 from encache.progress import progress
@@ -57,8 +59,9 @@ def split_prompts(
 
     A single prompt can only be held out by its seeds.
     """
-    shuffled = random.Random(0).sample(list(prompts), len(prompts))
-    held_out = shuffled[::4] if len(prompts) > 1 else shuffled
+    different = list(dict.fromkeys(prompts))
+    shuffled = random.Random(0).sample(different, len(different))
+    held_out = shuffled[::4]
     fitted = [one for index, one in enumerate(shuffled) if index % 4] or shuffled
     return (
         Pictures(tuple(fitted), FIRST_SEED, number),
@@ -98,6 +101,7 @@ class Trajectories:
             "steps": self.settings.steps,
             "guidance_scale": self.settings.guidance_scale,
             "engines": dict(self.pipeline.engines.identity),
+            "versions": [__version__, *map(version, ("torch", "diffusers", "onnxruntime"))],
             "jobs": [(one.prompt, one.seed) for one in pictures.jobs(numbers)],
         }
 
