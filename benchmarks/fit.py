@@ -127,13 +127,10 @@ def rules(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
 
 def searched(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
     """Key calls moved by NSGA-II."""
-    found = search_key_calls(
-        study.num_calls,
-        budgets,
-        lambda keys: study.fitter.fitted_error(apart(keys, study.scale)),
-        SEARCHES,
+    found = study.fitter.search(
+        budgets, lambda error_of: search_key_calls(study.num_calls, budgets, error_of, SEARCHES)
     )
-    for keys in found.values():
+    for keys in found:
         yield study.row("searched key calls, rule", study.rule(keys))
         wanted = apart(keys, study.scale)
         yield study.row("searched key calls, least squares", study.fitter.fit_squares(wanted))

@@ -1,6 +1,6 @@
 """`encache-fit`: plans whose numbers are learned from the model's own pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from encache.model.checkpoint import Checkpoint, default_model
 from encache.model.preset import Preset
 from encache.model.spec import NO_CUT
 from encache.options import option, takes
+from encache.progress import progress
 from encache.runtime.options import KeyCalls, SolverOptions, parse_key_calls
 
 if TYPE_CHECKING:
@@ -175,13 +176,10 @@ def _open(
 
 def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
     """Where the denoiser runs in each of the plans."""
-    from encache.evaluate.fitting import apart, spread_key_calls
+    from encache.evaluate.fitting import spread_key_calls
     from encache.runtime.plan import paper_key_calls
-    from encache.runtime.solver import count_calls
 
-    trajectories = fitter.trajectories
-    settings = trajectories.settings
-    num_calls = count_calls(trajectories.pipeline.scheduler, settings.steps)
+    num_calls = fitter.num_calls
     if plans.key_calls:
         listed = paper_key_calls(num_calls) if plans.key_calls == "paper" else plans.key_calls
         return [listed]
@@ -195,13 +193,13 @@ def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
         from encache.evaluate.search import Search, search_key_calls
     except ImportError as error:
         raise EncacheError('--search needs pymoo: pip install "encache[fit]".') from error
-    found = search_key_calls(
-        num_calls,
-        budgets,
-        lambda keys: fitter.fitted_error(apart(keys, settings.guidance_scale)),
-        Search(generations=plans.search),
-    )
-    return list(found.values())
+    search = Search(generations=plans.search)
+    with progress(total=search.candidates, desc="key calls") as bar:
+
+        def find(error_of: Callable[[tuple[int, ...]], float]) -> dict[int, tuple[int, ...]]:
+            return search_key_calls(num_calls, budgets, error_of, search, bar.update)
+
+        return fitter.search(budgets, find)
 
 
 def _describe(found: "FittedPlan") -> str:

@@ -31,9 +31,15 @@ from encache.runtime.plan import Branches, Plan, make_plan
 from encache.runtime.planfile import FittedOn, FittedPlan, Measured, parse_plan
 from encache.runtime.schedulers import full_config
 from encache.runtime.settings import Policy
+from encache.runtime.solver import count_calls
 
 #: One picture in so many is not fitted on: it decides between the rule, the fit, the refined fit.
 VALIDATION = 4
+#: Batches that a search fits on, and validates on: enough to tell candidates apart.
+SEARCHED = 4
+
+#: Finds key calls by budget, given the error of any.
+Find = Callable[[Callable[[tuple[int, ...]], float]], dict[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,12 @@ class Fitter:
             num_pictures=self.pictures.number,
         )
 
+    @property
+    def num_calls(self) -> int:
+        """Of the full sampler."""
+        trajectories = self.trajectories
+        return count_calls(trajectories.pipeline.scheduler, trajectories.settings.steps)
+
     def rule(self, wanted: Wanted) -> Plan:
         """The rule that a fit starts from, over the wanted history."""
         settings = self.trajectories.settings
@@ -137,15 +149,40 @@ class Fitter:
         _, validation = self._batches
         return float(errors_of(plan, validation, self.denoise).mean())
 
-    def fitted_error(self, wanted: Wanted) -> float:
-        """What a search looks at: the validation error of the fit, which is not refined."""
+    def fitted_error(self, wanted: Wanted, few: bool = False) -> float:
+        """What a search looks at: how far a fit that is not refined is off on validation pictures.
+
+        It is the geometric mean, which the few pictures that go astray do not decide.
+
+        Args:
+            wanted: what is fitted.
+            few: on `SEARCHED` batches each, to look at many.
+        """
         rule = self.rule(wanted)
-        described = {"searched": asdict(self.fitted_on), "rule": rule.hash(), **self._described}
+        described = {"searched": rule.hash(), "few": few, **self._described}
+        batches, validation = (one[:SEARCHED] if few else one for one in self._batches)
 
         def make() -> Arrays:
-            return {"error": np.array(self.validation_error(self._fit(rule)))}
+            fitted = fit_weights(rule, batches, self.denoise)
+            errors = errors_of(fitted, validation, self.denoise)
+            return {"error": errors.log().mean().exp().numpy()}
 
         return float(self.trajectories.store.get(described, make)["error"])
+
+    def search(self, budgets: Sequence[int], find: Find) -> list[tuple[int, ...]]:
+        """Key calls for each budget: those of a search, or even ones where these serve better.
+
+        Args:
+            budgets: numbers of evaluations.
+            find: the search, over what is told of errors on few pictures.
+        """
+        scale = self.trajectories.settings.guidance_scale
+        found = find(lambda keys: self.fitted_error(apart(keys, scale), few=True))
+        chosen = []
+        for budget in budgets:
+            choices = (spread_key_calls(budget, self.num_calls), found[budget])
+            chosen.append(min(choices, key=lambda keys: self.fitted_error(apart(keys, scale))))
+        return chosen
 
     def measure(self, plan: Plan, wanted: Wanted) -> FittedPlan:
         """Measure a plan on the pictures held out, beside the rule with the same key calls."""

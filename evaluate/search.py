@@ -39,12 +39,18 @@ class Search:
     generations: int = 6
     seed: int = 0
 
+    @property
+    def candidates(self) -> int:
+        """About how many are looked at."""
+        return self.population * self.generations
+
 
 def search_key_calls(
     num_calls: int,
     budgets: Sequence[int],
     error_of: Callable[[KeyCalls], float],
     settings: Search,
+    on_candidate: Callable[[], object] = lambda: None,
 ) -> dict[int, KeyCalls]:
     """The key calls of least error for each number of evaluations.
 
@@ -53,6 +59,7 @@ def search_key_calls(
         budgets: numbers of evaluations, each between 1 and the calls.
         error_of: of key calls; asked once for each candidate.
         settings: see `Search`.
+        on_candidate: called after each that a generation looks at.
     """
     known: dict[KeyCalls, float] = {}
 
@@ -68,6 +75,7 @@ def search_key_calls(
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
             keys = _keys(x)
             out["F"] = [len(keys), ask(keys)]
+            on_candidate()
 
     algorithm = NSGA2(
         pop_size=settings.population,
