@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from encache.evaluate.distribution import bootstrap_interval, bootstrap_ratio
-from encache.evaluate.fit import widen
+from encache.evaluate.fit import evaluations_of, widen
 from encache.evaluate.fitting import Fitter, Wanted, apart, spread_key_calls
 from encache.evaluate.machine import describe_machine
 from encache.evaluate.refine import Refinement, differentiable_model
@@ -92,7 +92,7 @@ class Study:
             "interval": bootstrap_interval(errors, prompts),
             "to_plain": bootstrap_ratio(errors, plain, prompts),
             "psnr": float(similar.mean()),
-            "timesteps": [step.timestep for step in plan.steps if hasattr(step, "timestep")],
+            "timesteps": [step.timestep for step in evaluations_of(plan)],
             "errors": [float(f"{error:.4g}") for error in errors],
         }
 
