@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from encache.errors import PlanError
-from encache.evaluate.fit import Batch, denoiser, errors_of, fit_weights, run_plan, widen
+from encache.evaluate.fit import Batch, combine, denoiser, errors_of, fit_weights, run_plan, widen
 from encache.runtime.engines import TorchEngines
 from encache.runtime.guidance import make_guide
 from encache.runtime.plan import make_plan
@@ -80,6 +80,21 @@ def test_a_plan_without_freedom_is_its_rule(name, model):
     torch.testing.assert_close(sample(unfitted), expected, rtol=1e-4, atol=1e-4)
     # The fit's own loop is the sampler's.
     torch.testing.assert_close(run_plan(unfitted, batch, denoise), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_runs_one_branch_alone(model):
+    engines, denoise, conditions = model
+    rule, _ = rule_of()
+    plan = widen(rule, ["apart", "conditional", "apart"], SCALE)
+    [batch] = batches_of(denoise, number=2, conditions=conditions)
+    sampling = Sampling(plan, engines, batch.noise.shape, 2, make_guide(SCALE))
+    ours = sampling.run(batch.noise, batch.conditions)
+    torch.testing.assert_close(ours, run_plan(plan, batch, denoise), rtol=1e-4, atol=1e-4)
+    # What ran alone was told the prompt.
+    told = {name: one.chunk(2)[1] for name, one in batch.conditions.items()}
+    latents = combine(plan.steps[1].row, batch.history[:3])
+    predicted = engines.denoise(latents, torch.tensor([plan.steps[1].timestep]), told)
+    torch.testing.assert_close(batch.history[3], predicted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("branches", ["guided", "apart"])
