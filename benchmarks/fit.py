@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from encache.evaluate.distribution import bootstrap_interval, bootstrap_ratio
-from encache.evaluate.fit import evaluations_of, widen
+from encache.evaluate.fit import evaluations_of
 from encache.evaluate.fitting import Fitter, Wanted, apart, spread_key_calls
 from encache.evaluate.machine import describe_machine
 from encache.evaluate.refine import Refinement, differentiable_model
@@ -149,14 +149,9 @@ def rows(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
             early = tuple(_branches(index < 2 * budget - number) for index in range(number))
             for name, branches in ((f"one in {every}", sparse), ("the first", early)):
                 wanted = Wanted(keys, branches)
-                yield study.row(f"guided {name}, rule", widen_rule(study, wanted))
+                yield study.row(f"guided {name}, rule", study.fitter.rule(wanted))
                 fitted = study.fitter.fit_squares(wanted)
                 yield study.row(f"guided {name}, least squares", fitted)
-
-
-def widen_rule(study: Study, wanted: Wanted) -> Plan:
-    """The rule where some calls run one branch."""
-    return widen(study.rule(wanted.key_calls), wanted.branches, study.scale)
 
 
 def _branches(guided: bool) -> Branches:

@@ -20,7 +20,7 @@ from encache.runtime.plan import Branches, Evaluate, Plan, Row
 from encache.runtime.solver import Columns
 
 SCHEMA = "encache plans 1"
-#: Numbers between a plan's start and its result, and the most that any sampler has calls.
+#: More calls, columns or pictures than any plan has.
 _MOST = 10_000
 #: How far a run's guidance may be from the fitted one, as a share of it, before it is said.
 _NEAR = 0.1
