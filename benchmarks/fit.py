@@ -72,7 +72,7 @@ class Study:
             pictures,
             held_out,
             Refinement(options.refine_steps) if options.refine_steps else None,
-            lambda: differentiable_model(checkpoint, scale),
+            lambda: differentiable_model(checkpoint, scale, pipeline.device),
         )
 
     def row(self, name: str, plan: Plan) -> Row:

@@ -124,7 +124,7 @@ def main(
         pictures,
         held_out,
         Refinement(fitting.refine_steps) if fitting.refine_steps else None,
-        lambda: differentiable_model(checkpoint, scale),
+        lambda: differentiable_model(checkpoint, scale, trajectories.pipeline.device),
     )
     found = []
     for keys in _key_calls(fitter, plans):

@@ -61,7 +61,6 @@ class Refinement:
 def differentiable(backbone: Backbone, guidance_scale: float | None) -> Denoise:
     """A denoiser in PyTorch as a function with gradients, which keeps no activations."""
     guide = make_guide(guidance_scale)
-
     denoise = partial(backbone.call, backbone.module)
 
     def differentiable_denoise(
@@ -74,9 +73,10 @@ def differentiable(backbone: Backbone, guidance_scale: float | None) -> Denoise:
     return differentiable_denoise
 
 
-def differentiable_model(checkpoint: Checkpoint, guidance_scale: float) -> Denoise:
-    """A checkpoint's denoiser, loaded for that in fp32, on the GPU if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def differentiable_model(
+    checkpoint: Checkpoint, guidance_scale: float, device: torch.device
+) -> Denoise:
+    """A checkpoint's denoiser, loaded for that in fp32, where the pictures are."""
     unet = load_pipeline(checkpoint, torch.float32, device).unet.requires_grad_(False)
     guided = rows_per_picture(guidance_scale) == 2
     return differentiable(backbone_of(unet), guidance_scale if guided else None)
