@@ -12,7 +12,7 @@ from encache.contract.dtypes import default_dtype
 from encache.contract.library import TENSORRT_BACKENDS
 from encache.contract.manifest import Manifest, read_manifest
 from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, most_rows
-from encache.errors import CheckpointError
+from encache.errors import CheckpointError, PlanError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions, refuse_without_cut
 from encache.model.checkpoint import Checkpoint
 from encache.model.spec import NO_CUT, Cut
@@ -22,6 +22,7 @@ from encache.runtime.settings import Settings, resolve
 if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.plan import Plan
+    from encache.runtime.planfile import FittedPlan
     from encache.runtime.solver import Scheduler
 
 
@@ -203,3 +204,29 @@ def _resolve_key_calls(key_calls: KeyCalls, scheduler: "Scheduler", steps: int) 
     from encache.runtime.solver import count_calls
 
     return paper_key_calls(count_calls(scheduler, steps)) if key_calls == "paper" else key_calls
+
+
+def use_plan(run: Run, opening: Opening, fitted: "FittedPlan") -> Run:
+    """The same run by a fitted plan; a guidance a little away is warned of.
+
+    Raises:
+        PlanError: it was fitted for something else.
+    """
+    from encache.runtime.planfile import check_fits
+    from encache.runtime.schedulers import full_config
+
+    if opening.cut != NO_CUT:
+        raise PlanError(
+            f"The plan caches the output, not the features at the cut {opening.cut}: leave --cut "
+            "or --plan out."
+        )
+    warning = check_fits(
+        fitted.fitted_on,
+        model=opening.fingerprint,
+        scheduler=full_config(run.solver),
+        steps=run.settings.steps,
+        guidance_scale=run.settings.guidance_scale,
+    )
+    if warning:
+        click.echo(warning, err=True)
+    return replace(run, plan=fitted.plan)

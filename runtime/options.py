@@ -17,9 +17,10 @@ from encache.runtime.settings import DEFAULT_STEPS
 KeyCalls = tuple[int, ...] | Literal["paper"]
 
 
-def _parse_key_calls(
+def parse_key_calls(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> KeyCalls | None:
+    """Key calls as they are typed: 0,5,10, or the word paper."""
     if value is None:
         return None
     if value == "paper":
@@ -33,26 +34,9 @@ def _parse_key_calls(
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How pictures are sampled; what is not said is the model's own."""
+class SolverOptions:
+    """What the full sampler does; what is not said is the model's own."""
 
-    stride: int | None = option(
-        type=click.IntRange(1),
-        help="Every stride-th call is a key call; 1 samples in full. Default: the weights' own, "
-        f"or {DEFAULT_STRIDE}, or the number of calls if that is less.",
-    )
-    key_calls: KeyCalls | None = option(
-        callback=_parse_key_calls,
-        help="Key calls instead, as 0,5,10, or 'paper' for Faster Diffusion's list.",
-    )
-    blend: Blend | None = option(
-        type=click.Choice(BLENDS), show_default=f"the weights' own, or {DEFAULT_BLEND}"
-    )
-    prior_noise: bool | None = option(
-        "--prior-noise/--no-prior-noise",
-        help="Inject prior noise as Faster Diffusion does. Default: as the weights want it, or "
-        "not.",
-    )
     steps: int | None = option(
         "--steps",
         "--num-inference-steps",
@@ -64,6 +48,29 @@ class SamplingOptions:
     )
     guidance_scale: float | None = option(
         type=FiniteFloat(), help="1 or less turns it off. Default: the model's own."
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions(SolverOptions):
+    """How pictures are sampled; what is not said is the model's own."""
+
+    stride: int | None = option(
+        type=click.IntRange(1),
+        help="Every stride-th call is a key call; 1 samples in full. Default: the weights' own, "
+        f"or {DEFAULT_STRIDE}, or the number of calls if that is less.",
+    )
+    key_calls: KeyCalls | None = option(
+        callback=parse_key_calls,
+        help="Key calls instead, as 0,5,10, or 'paper' for Faster Diffusion's list.",
+    )
+    blend: Blend | None = option(
+        type=click.Choice(BLENDS), show_default=f"the weights' own, or {DEFAULT_BLEND}"
+    )
+    prior_noise: bool | None = option(
+        "--prior-noise/--no-prior-noise",
+        help="Inject prior noise as Faster Diffusion does. Default: as the weights want it, or "
+        "not.",
     )
 
     def wished(self, cut: Cut) -> Preset:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise, takewhile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ NAMED_KEY_CALLS: dict[str, dict[int, tuple[int, ...]]] = {
 
 Row = tuple[float, ...]
 
+#: What an evaluation of a whole denoiser adds to the history: its guided prediction; that and the
+#: contrast between its branches, conditional less unconditional, so that guidance is weighted
+#: apart; or what the conditional branch gave, which then ran alone, in half the rows.
+Branches = Literal["guided", "apart", "conditional"]
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -44,12 +49,21 @@ class Evaluate:
         row: coefficients over the history of the input.
         slot: place in the ring that receives the features; None if the prediction is next in the
             history.
+        branches: what it adds to the history.
     """
 
     call: int
     timestep: float
     row: Row
     slot: int | None
+    branches: Branches = "guided"
+
+    @property
+    def num_columns(self) -> int:
+        """How many columns of the history it fills."""
+        if self.slot is not None:
+            return 0
+        return 2 if self.branches == "apart" else 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class Plan:
         num_calls: N, denoiser evaluations of the full sampler.
         num_slots: M, slots of the feature ring; 0 without a cut.
         key_calls: where the denoiser, or its encoder, runs.
-        blend: name of the rule that made the weights.
+        blend: name of the rule that made the weights, or "fitted".
         steps: the runs in order.
         columns: what the history holds.
         samples: row k gives the latents before call k, row N the result, over the history.
@@ -86,7 +100,7 @@ class Plan:
     num_calls: int
     num_slots: int
     key_calls: tuple[int, ...]
-    blend: Blend
+    blend: str
     steps: tuple[Evaluate | Decode, ...]
     columns: Columns
     samples: tuple[Row, ...]
@@ -96,6 +110,11 @@ class Plan:
     def num_evaluations(self) -> int:
         """Runs of the denoiser, or of its encoder where it is cut, per image."""
         return sum(isinstance(step, Evaluate) for step in self.steps)
+
+    def count_rows(self, num_guided: int) -> int:
+        """Rows of the denoiser, or of its encoder, per image; G of them per evaluation or one."""
+        steps = (step for step in self.steps if isinstance(step, Evaluate))
+        return sum(1 if step.branches == "conditional" else num_guided for step in steps)
 
     @property
     def num_decoder_runs(self) -> int:
@@ -112,7 +131,7 @@ class Plan:
     def filled(self) -> tuple[int, ...]:
         """How many columns of the history are filled after each step."""
         added = (
-            step.stop - step.start if isinstance(step, Decode) else step.slot is None
+            step.stop - step.start if isinstance(step, Decode) else step.num_columns
             for step in self.steps
         )
         return tuple(accumulate(added, initial=self.columns.prediction(0)))[1:]
@@ -129,12 +148,17 @@ class Plan:
 
     def to_json(self) -> str:
         """All numbers of the run, readable by any program."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self, dict_factory=_said))
 
     def hash(self) -> str:
         """Sixteen hexadecimal digits that name these numbers, rounded to 5 decimals."""
         rounded = json.loads(self.to_json(), parse_float=lambda text: round(float(text), 5) + 0.0)
         return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()[:16]
+
+
+def _said(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dataclass as JSON has it; what most plans do not need is left out where it says nothing."""
+    return {name: value for name, value in pairs if (name, value) != ("branches", "guided")}
 
 
 def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encache.model.backbone import Conditions
 from encache.runtime.engines import Engines, allocate_ring
-from encache.runtime.plan import Decode, Evaluate, Plan, Row
+from encache.runtime.plan import Branches, Decode, Evaluate, Plan, Row
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,38 @@ logger = logging.getLogger(__name__)
 Guide = Callable[[Tensor], Tensor]
 #: Called after each run with the calls that it finished and a way to the latents before any call.
 OnFinished = Callable[[range, Callable[[int], Tensor]], None]
+
+
+def evaluate(
+    denoise: Callable[[Tensor, Tensor, Conditions], Tensor],
+    guide: Guide,
+    latents: Tensor,
+    timestep: Tensor,
+    conditions: Conditions,
+    branches: Branches,
+) -> Tensor:
+    """Run a whole denoiser once, for what that adds to the history.
+
+    Args:
+        denoise: of `Engines`, without a cut.
+        guide: see `Guide`.
+        latents: [n, C, h, w], in the denoiser's dtype.
+        timestep: [1].
+        conditions: of G * n rows each.
+        branches: see `Branches`.
+
+    Returns:
+        One or two columns [K, n, C, h, w], float32.
+    """
+    num_guided = len(next(iter(conditions.values()))) // len(latents)
+    if branches == "conditional":
+        conditions = {name: one[-len(latents) :] for name, one in conditions.items()}
+        return denoise(latents, timestep, conditions)[None].float()
+    predicted = denoise(latents.repeat(num_guided, 1, 1, 1), timestep, conditions)
+    by_branch = predicted.float().view(1, num_guided, *latents.shape)
+    if branches == "guided":
+        return guide(by_branch)
+    return torch.cat([guide(by_branch), by_branch[:, 1] - by_branch[:, 0]])
 
 
 class Sampling:
@@ -78,7 +110,8 @@ class Sampling:
         if not len(broken):
             return None
         steps = self.plan.steps
-        whole = [step.call for step in steps if isinstance(step, Evaluate) and step.slot is None]
+        evaluations = [step for step in steps if isinstance(step, Evaluate)]
+        whole = [one.call for one in evaluations for _ in range(one.num_columns)]
         return (whole or range(self.plan.num_calls))[int(broken[0])]
 
     def _run(self, noise: Tensor, conditions: Conditions, on_finished: OnFinished | None) -> Tensor:
@@ -90,17 +123,20 @@ class Sampling:
         steps = zip(self.plan.steps, self._numbers, self.plan.finished, strict=True)
         for step, (numbers, timesteps), finished in steps:
             if isinstance(step, Decode):
-                predicted = self._decode(numbers, timesteps, conditions)
+                predicted = self._decode(numbers, timesteps, conditions).float()
+                added = self._guide(predicted.view(-1, self._num_guided, *noise.shape))
             else:
                 latents = self._combine(numbers).to(self._engines.dtype)
-                latents = latents.repeat(self._num_guided, 1, 1, 1)
                 if step.slot is not None:
+                    latents = latents.repeat(self._num_guided, 1, 1, 1)
                     self._engines.encode(latents, timesteps, conditions, self._ring, step.slot)
                     continue
-                predicted = self._engines.denoise(latents, timesteps, conditions)
-            predicted = predicted.float().view(-1, self._num_guided, *noise.shape)
-            self._history[filled : filled + len(predicted)] = self._guide(predicted)
-            filled += len(predicted)
+                denoise = self._engines.denoise
+                added = evaluate(
+                    denoise, self._guide, latents, timesteps, conditions, step.branches
+                )
+            self._history[filled : filled + len(added)] = added
+            filled += len(added)
             if on_finished:
                 on_finished(finished, self._latents_before)
         return self._latents_before(self.plan.num_calls)

@@ -1,6 +1,5 @@
 """Captioned pictures for fine-tuning: folders, webdataset shards, the emoji."""
 
-import hashlib
 import io
 import json
 import posixpath
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from encache.errors import EncacheError
-from encache.files import decode_text
+from encache.files import decode_text, digest_of_lines
 from encache.model.pictures import (
     SUFFIXES,
     UnreadablePictureError,
@@ -100,12 +99,6 @@ class StoredPictures:
     def read(self, index: int, draw: torch.Generator) -> tuple[Image.Image, str]:
         """See `Pictures`."""
         return read_picture(io.BytesIO(self._places[index].read())), self.captions[index]
-
-
-def digest_of_lines(lines: Iterable[str]) -> str:
-    """sha256 of lines of text and of file names, in hexadecimal digits."""
-    # File names that are no UTF-8 come as surrogates.
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
 def open_image_folder(metadata: Path) -> StoredPictures:

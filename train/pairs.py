@@ -17,14 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from encache.errors import EncacheError
-from encache.files import check_writable, parse_json, read_lines, write_json
+from encache.files import check_writable, digest_of_lines, parse_json, read_lines, write_json
 from encache.model.checkpoint import Checkpoint, default_model
 from encache.model.spec import ImageSpec
 from encache.progress import progress
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.schedulers import full_config
 from encache.runtime.solver import count_calls
-from encache.train.data import digest_of_lines
 from encache.train.emoji import STYLES
 from encache.train.loop import generator_of
 from encache.train.weights import write_tensors

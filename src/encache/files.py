@@ -2,11 +2,12 @@
 
 import codecs
 import errno
+import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,9 @@ def read_lines(path: Path) -> list[str]:
     """
     lines = re.split("[\r\n]", read_text(path))
     return [line.strip() for line in lines if line.strip()]
+
+
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """sha256 of lines of text and of file names, in hexadecimal digits."""
+    # File names that are no UTF-8 come as surrogates.
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
