@@ -5,10 +5,11 @@
 writes one; `encache-export --ckpt runs/sdxl-shape` takes it as it takes the real one.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click
 
 from encache.model.checkpoint import Checkpoint, default_model, find_checkpoint
 from encache.model.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
@@ -88,8 +89,22 @@ def find_shape(name: str, folder: Path) -> Checkpoint:
 
 
 def _write(shape: Shape, folder: Path) -> None:
-    import diffusers
     import torch
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)  # XL's weights would fill a memory of 16 GB in fp32
+    try:
+        pipeline = _make(shape)
+    finally:
+        torch.set_default_dtype(default)
+    # model_index.json is written last, so that an interrupted folder is written again.
+    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def _make(shape: Shape) -> Any:
+    """The pipeline, in PyTorch's default precision."""
+    import diffusers
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -97,8 +112,6 @@ def _write(shape: Shape, folder: Path) -> None:
         CLIPTokenizer,
     )
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)  # XL's weights would fill a memory of 16 GB in fp32
     shipped, family = default_model(), shape.family
     tokenizer = CLIPTokenizer.from_pretrained(shipped / "tokenizer", model_max_length=77)
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -107,7 +120,7 @@ def _write(shape: Shape, folder: Path) -> None:
         for made, config in zip(classes, shape.text_encoders, strict=False)
     ]
     scaling = {"scaling_factor": shape.scaling_factor}
-    pipeline = getattr(diffusers, family.pipeline)(
+    return getattr(diffusers, family.pipeline)(
         unet=diffusers.UNet2DConditionModel(**shape.unet),
         vae=diffusers.AutoencoderKL(**VAE, **scaling),
         scheduler=diffusers.DDIMScheduler.from_pretrained(shipped / "scheduler"),
@@ -115,10 +128,15 @@ def _write(shape: Shape, folder: Path) -> None:
         **dict.fromkeys(family.tokenizers, tokenizer),
         **family.loading,
     )
-    torch.set_default_dtype(torch.float32)
-    # model_index.json is written last, so that an interrupted folder is written again.
-    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+@click.command()
+@click.argument("name", type=click.Choice(tuple(SHAPES)))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(name: str, folder: Path) -> None:
+    """Write a model of the shape NAME with random weights to FOLDER, in fp16."""
+    click.echo(find_shape(name, folder).folder)
 
 
 if __name__ == "__main__":
-    find_shape(sys.argv[1], Path(sys.argv[2]))
+    main()

@@ -19,7 +19,7 @@ from encache import __version__
 from encache.evaluate.fit import Batch
 from encache.evaluate.store import Store
 from encache.progress import progress
-from encache.runtime.conditions import Prompts, Sizes, encode_prompts
+from encache.runtime.conditions import Prompts, XLArguments, encode_prompts
 from encache.runtime.jobs import Job, draw, noise_of
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
@@ -131,7 +131,7 @@ class Trajectories:
             guided=self.settings.rows > 1,
             empty_is_zero=self.pipeline.empty_is_zero,
         )
-        conditions = self.pipeline._complete(texts, Sizes(), Sizes(), noise)
+        conditions = self.pipeline.complete(texts, XLArguments(), noise)
         rows = {name: one.flatten(0, 1) for name, one in conditions.items()}
         return Batch(noise, rows, lambda: self.latents(pictures, numbers).to(noise.device))
 

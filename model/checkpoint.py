@@ -104,7 +104,7 @@ class Checkpoint:
 
     @property
     def base(self) -> "Checkpoint":
-        """The model that UNet weights alone complete, with the same edits."""
+        """The model that completes UNet weights alone, with the same edits."""
         return Checkpoint(self.folder, edits=self.edits, variant=self.variant, family=self.family)
 
     @property

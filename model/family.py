@@ -93,6 +93,11 @@ def family_of(pipeline: Any) -> Family:
     raise CheckpointError(f"This is a {type(pipeline).__name__}; encache runs {known}.")
 
 
+def must_upcast(family: Family, vae: Any) -> bool:
+    """Whether an autoencoder is run in fp32 even where all else is fp16, as diffusers does."""
+    return family.upcasts and bool(getattr(vae.config, "force_upcast", False))
+
+
 def empty_is_zero(pipeline: Any) -> bool:
     """Whether zeros stand for no negative prompt, as a Stable Diffusion XL may want it."""
     return bool(pipeline.config.get("force_zeros_for_empty_prompt"))

@@ -33,10 +33,10 @@ def find_folder(named: str | Path, download: Callable[[str], str]) -> Path:
 
 def hub_id_of(folder: Path) -> str | None:
     """What names a folder of the hub's cache on every machine; None for any other folder."""
-    folder = folder.resolve()
-    if folder.parent.name != "snapshots":  # models--owner--name/snapshots/hash
+    model = folder.resolve().parent.parent.name  # models--owner--name/snapshots/hash
+    if folder.resolve().parent.name != "snapshots" or not model.startswith("models--"):
         return None
-    return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return model.removeprefix("models--").replace("--", "/", 1)
 
 
 def short_name(folder: Path) -> str:

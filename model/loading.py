@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from encache.errors import CheckpointError
 from encache.files import parse_json
 from encache.model.checkpoint import MARKS, Checkpoint
-from encache.model.family import tokenizer_of
+from encache.model.family import must_upcast, tokenizer_of
 from encache.model.preset import PRESET_KEY
 from encache.model.spec import ImageSpec
 from encache.model.text import with_length
@@ -106,8 +106,7 @@ def load_pipeline(
         pipeline.unet.load_state_dict(unet_weights(checkpoint, pipeline.unet))
     for edit in checkpoint.edits:
         edit.apply(pipeline)
-    overflows = checkpoint.family.upcasts and getattr(pipeline.vae.config, "force_upcast", False)
-    if dtype == torch.float16 and overflows:
+    if dtype == torch.float16 and must_upcast(checkpoint.family, pipeline.vae):
         pipeline.vae.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
@@ -220,9 +219,12 @@ def _set_schedule(pipeline: Any, checkpoint: Checkpoint) -> None:
         remedy = "give a --base whose scheduler is a DDIMScheduler"
         if checkpoint.preset.scheduler:
             remedy = f"name another in its header ({PRESET_KEY})"
+        what = f"predicts {checkpoint.prediction}"
+        if checkpoint.zero_snr:
+            what = "was trained on a schedule that ends without signal (ztsnr)"
         raise CheckpointError(
-            f"{checkpoint.weights} was trained on a schedule that ends without signal (ztsnr), and "
-            f"{type(scheduler).__name__} knows no {unknown[0]}: {remedy}."
+            f"{checkpoint.weights} {what}, and {type(scheduler).__name__} knows no {unknown[0]}: "
+            f"{remedy}."
         )
     # What a config left out is left out again when another solver takes it over, and gets that
     # one's default; but what was repaired since is no default any more.

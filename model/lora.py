@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from encache.errors import CheckpointError
+from encache.model.family import family_of
 from encache.model.weights import digest_of, read_header, reason_of, refuse_pickle
 
 #: Ends the name of one tensor per layer, in the formats of diffusers, peft and kohya.
@@ -91,6 +92,7 @@ def find_lora(text: str) -> Lora:
 
 def _count_adapted(pipeline: Any) -> int:
     """How many layers of UNet and text encoders a LoRA has reached."""
-    parts = (pipeline.unet, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    names = ("unet", *family_of(pipeline).text_encoders)
+    parts = (getattr(pipeline, name) for name in names)
     modules = (module for part in parts if part is not None for module in part.modules())
     return sum(bool(getattr(module, "lora_A", None)) for module in modules)

@@ -98,9 +98,15 @@ class ImageSpec:
 
         Raises:
             CheckpointError: the UNet's does not say for which size it was trained, or it reads more
-                than latents and text.
+                than latents and text, or its latents are normalised by channel.
         """
         _refuse_more_than_text(unet_config)
+        if vae_config.get("latents_mean") or vae_config.get("latents_std"):
+            raise CheckpointError(
+                "This model's latents are shifted and scaled channel by channel (latents_mean and "
+                "latents_std in its autoencoder's config.json), which encache does not carry. Use "
+                "diffusers' own pipeline, with encache.enable(pipe)."
+            )
         size = unet_config["sample_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size or ())
         if len(sides) != 2:

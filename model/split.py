@@ -43,8 +43,14 @@ class Whole(nn.Module):
         return self._backbone.call(_copy(self._backbone), latents, timestep, conditions)
 
 
-class Encoder(nn.Module):
-    """Everything up to the cut."""
+class _Half(nn.Module):
+    """One side of a cut.
+
+    Args:
+        backbone: the denoiser.
+        stages: its stages before the cut.
+        crossing: what crosses it.
+    """
 
     def __init__(self, backbone: Backbone, stages: Sequence[str], crossing: "_Crossing") -> None:
         super().__init__()
@@ -52,6 +58,10 @@ class Encoder(nn.Module):
         self._backbone = backbone
         self._stages = stages
         self._crossing = crossing
+
+
+class Encoder(_Half):
+    """Everything up to the cut."""
 
     def forward(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions
@@ -76,15 +86,8 @@ class Encoder(nn.Module):
         )
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """The blend, then everything after the cut."""
-
-    def __init__(self, backbone: Backbone, stages: Sequence[str], crossing: "_Crossing") -> None:
-        super().__init__()
-        self.module = backbone.module
-        self._backbone = backbone
-        self._stages = stages
-        self._crossing = crossing
 
     def forward(
         self,
@@ -171,13 +174,13 @@ class _Stop(Exception):  # noqa: N818  # nothing went wrong
     """The encoder has what it needs."""
 
 
-def _copy(backbone: Backbone) -> Any:
-    """A shallow copy of the module that runs at any size."""
-    children = {
+def _copy(backbone: Backbone, children: Mapping[str, Any] | None = None) -> Any:
+    """A shallow copy of the module that runs at any size, with some other children."""
+    replaced = {
         path: _StandIn(child := backbone.module.get_submodule(path), partial(function, child))
         for path, function in backbone.replaced.items()
     }
-    copied = _with_children(backbone.module, children)
+    copied = _with_children(backbone.module, {**replaced, **(children or {})})
     copied.__dict__.pop("forward", None)  # what somebody put there would run the original
     for name, value in backbone.fixed.items():
         setattr(copied, name, value)
@@ -185,7 +188,10 @@ def _copy(backbone: Backbone) -> Any:
 
 
 def _with_children(module: Any, children: Mapping[str, Any]) -> Any:
-    """A copy, along the paths alone, such as "up_blocks.1"; all else is shared."""
+    """A copy, along the paths alone, such as "up_blocks.1"; all else is shared.
+
+    A child hides what is given for the paths below it.
+    """
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     below: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -195,8 +201,8 @@ def _with_children(module: Any, children: Mapping[str, Any]) -> Any:
             below[name][rest] = child
         else:
             copied._modules[name] = child
-    for name, some in below.items():
-        copied._modules[name] = _with_children(module._modules[name], some)
+    for name in below.keys() - children.keys():
+        copied._modules[name] = _with_children(module._modules[name], below[name])
     return copied
 
 
@@ -245,7 +251,7 @@ def _replay(
         path: _StandIn(backbone.module.get_submodule(path), lambda *_, output=output, **__: output)
         for path, output in zip(stages, outputs, strict=True)
     }
-    copied = _with_children(_with_children(_copy(backbone), others), children)
+    copied = _copy(backbone, {**others, **children})
     return backbone.call(copied, latents, timesteps, conditions)
 
 

@@ -51,11 +51,13 @@ class TextEncoder(nn.Module):
         Raises:
             EncacheError: there are not so many layers.
         """
+        if clip_skip < 0:
+            raise EncacheError(f"clip_skip leaves out layers, of which there are not {clip_skip}.")
         skipped = clip_skip + self.penultimate
         encoded = self.module(token_ids, output_hidden_states=bool(skipped))
         if not skipped:
             return (encoded.last_hidden_state,)
-        if not clip_skip < len(encoded.hidden_states) - self.penultimate or clip_skip < 0:
+        if not clip_skip < len(encoded.hidden_states) - self.penultimate:
             most = len(encoded.hidden_states) - 1 - self.penultimate
             raise EncacheError(f"clip_skip leaves out 1 to {most} layers, not {clip_skip}.")
         text = encoded.hidden_states[-(skipped + 1)]

@@ -92,4 +92,6 @@ def find_vae(named: str | Path, variant: str = "") -> Autoencoder:
 def _download(hub_id: str) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(hub_id, allow_patterns=[_CONFIG, "*.safetensors"])
+    return snapshot_download(
+        hub_id, allow_patterns=[_CONFIG, "diffusion_pytorch_model*.safetensors"]
+    )

@@ -15,13 +15,10 @@ BLENDS: tuple[Blend, ...] = get_args(Blend)
 DEFAULT_BLEND: Blend = "extrapolate"
 DEFAULT_STRIDE = 3
 
-#: How many key calls a blend looks at, which is the number of ring slots.
-NUM_SLOTS: dict[Blend, int] = {
-    "reuse": 1,
-    "extrapolate": 2,
-    "interpolate": 2,
-    "interpolate-refresh": 2,
-}
+
+def slots_for(rule: Blend, key_calls: Sequence[int]) -> int:
+    """How many slots a ring needs: as many as the blend looks at of these key calls."""
+    return min(1 if rule == "reuse" else 2, len(key_calls))
 
 
 def lagrange_weights(nodes: Sequence[int], call: int) -> tuple[float, ...]:

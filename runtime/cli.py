@@ -43,9 +43,8 @@ class _PromptOptions:
     )
     negative_prompt: str | None = option(type=Text(), help="What to avoid.")
 
-    @property
-    def listed(self) -> list[str]:
-        """The prompts of both options."""
+    def read(self) -> list[str]:
+        """The prompts of both options; a file may be a pipe, which can be read once."""
         return [*self.prompts, *(read_lines(self.prompts_file) if self.prompts_file else ())]
 
 
@@ -119,7 +118,7 @@ def main(
 
     Example: encache-run --prompt "red apple" --stride 10
     """
-    prompts = wanted.listed
+    prompts = wanted.read()
     if not prompts and not output.dry_run:
         raise click.UsageError("Give --prompt, or --prompts-file with a prompt in it.")
     one_folder = engine_dir if (engine_dir / MANIFEST).is_file() else None
@@ -145,7 +144,7 @@ def main(
         check_new(output.json_path)
     paths = {} if output.comparing else _picture_paths(output.output, prompts, output.seeds)
     if opening.checkpoint and output.comparing:
-        _compare(opening.checkpoint, opening, run, wanted, size, output)
+        _compare(opening.checkpoint, opening, run, prompts, wanted.negative_prompt, size, output)
         return
     pipeline = opening.open(run, size)
     pipeline.scheduler = run.solver
@@ -285,7 +284,8 @@ def _compare(
     source: Checkpoint,
     opening: Opening,
     run: Run,
-    wanted: _PromptOptions,
+    prompts: Sequence[str],
+    negative_prompt: str | None,
     size: SizeOptions,
     output: _OutputOptions,
 ) -> None:
@@ -296,13 +296,13 @@ def _compare(
     from encache.files import write_json
 
     task = Task(
-        prompts=tuple(wanted.listed),
+        prompts=tuple(prompts),
         steps=run.settings.steps,
         guidance_scale=run.settings.guidance_scale,
         height=size.height,
         width=size.width,
         policies={},
-        negative_prompt=wanted.negative_prompt,
+        negative_prompt=negative_prompt,
     )
     task, rows = compare(
         source,

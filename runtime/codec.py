@@ -1,5 +1,6 @@
 """From latents to pictures: the autoencoder's decoder half."""
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from encache.contract.dtypes import tensor_dtype
 from encache.errors import EncacheError
 from encache.model.spec import ImageSpec
 from encache.runtime.engines import Graph, run_graph
+from encache.runtime.memory import explaining_want_of_memory
 
 
 class Codec(Protocol):
@@ -20,10 +22,16 @@ class Codec(Protocol):
 
 
 class TorchCodec:
-    """A diffusers autoencoder run by PyTorch."""
+    """A diffusers autoencoder run by PyTorch.
 
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
+    Args:
+        vae: the autoencoder.
+        upcast: whether fp16 is too narrow for it; then a copy of it runs in fp32.
+    """
+
+    def __init__(self, vae: Any, *, upcast: bool = False) -> None:
+        narrow = upcast and vae.dtype == torch.float16
+        self._vae = copy.deepcopy(vae).float() if narrow else vae
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -44,6 +52,12 @@ class GraphCodec:
         return run_graph(self._graph, inputs, self._dtype, B=batch, h=height, w=width)["picture"]
 
 
+def refuse_output_type(output_type: str) -> None:
+    """Raise EncacheError for a kind of pictures that there is not."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise EncacheError(f"output_type is pil, np, pt or latent, not {output_type!r}.")
+
+
 def decode_pictures(codec: Codec, spec: ImageSpec, latents: Tensor, output_type: str) -> Any:
     """Turn latents [n, C, h, w] into pictures, one by one, which bounds memory.
 
@@ -54,11 +68,16 @@ def decode_pictures(codec: Codec, spec: ImageSpec, latents: Tensor, output_type:
         output_type: "pil", "np" [n, H, W, 3], "pt" [n, 3, H, W], both in [0, 1], or "latent".
 
     Raises:
-        EncacheError: the autoencoder's numbers overflow.
+        EncacheError: the autoencoder's numbers overflow, or memory does not hold a picture.
     """
+    refuse_output_type(output_type)
     if output_type == "latent":
         return latents
-    pictures = torch.cat([codec.decode(one / spec.scaling_factor) for one in latents.split(1)])
+    with explaining_want_of_memory(
+        "Memory does not hold the autoencoder's work on one picture: make smaller pictures, or "
+        "use fp16 or a small --vae."
+    ):
+        pictures = torch.cat([codec.decode(one / spec.scaling_factor) for one in latents.split(1)])
     if not pictures.isfinite().all():
         raise EncacheError(
             "The latents are finite, but the autoencoder's picture is not: its numbers overflow. "

@@ -30,8 +30,14 @@ class Prompts:
     pooled: Tensor | None = None
 
     def encode(self, texts: Texts, clip_skip: int = 0) -> dict[str, Tensor]:
-        """Text conditions of n rows each."""
+        """Text conditions of n rows each.
+
+        Raises:
+            EncacheError: both texts and embeddings are given.
+        """
         if self.embeds is not None:
+            if self.prompt is not None or self.prompt_2 is not None:
+                raise EncacheError("Give a prompt as text or as embeddings, not as both.")
             given = {"text": self.embeds, "pooled_text": self.pooled}
             return {name: one for name, one in given.items() if one is not None}
         prompts, second = _listed(self.prompt), _listed(self.prompt_2)
@@ -41,11 +47,16 @@ class Prompts:
 
     def repeated(self, count: int) -> "Prompts":
         """One text for each of `count` pictures, where there is one for all."""
+
+        def repeat(one: Any) -> Any:
+            return one if one is None or len(one) != 1 else one.repeat_interleave(count, 0)
+
         first, second = _listed(self.prompt), _listed(self.prompt_2)
-        return replace(
-            self,
-            prompt=first * count if len(first) == 1 else first,
-            prompt_2=second * count if len(second) == 1 else second,
+        return Prompts(
+            prompt=None if self.prompt is None else first * (count if len(first) == 1 else 1),
+            prompt_2=None if self.prompt_2 is None else second * (count if len(second) == 1 else 1),
+            embeds=repeat(self.embeds),
+            pooled=repeat(self.pooled),
         )
 
 
@@ -70,7 +81,7 @@ def encode_prompts(
     Raises:
         EncacheError: the arguments contradict each other.
     """
-    if (wanted.prompt is None) == (wanted.embeds is None):
+    if wanted.prompt is None and wanted.embeds is None:
         raise EncacheError("Give either prompt or prompt_embeds.")
     if wanted.prompt is not None and not _listed(wanted.prompt):
         raise EncacheError("The list of prompts is empty.")
@@ -143,7 +154,15 @@ class Sizes:
 def time_ids(
     wanted: Sizes, unwanted: Sizes, size: tuple[int, int], num_guided: int, num_images: int
 ) -> Tensor:
-    """Sizes [G, n, 6] of pictures of one size; what is not said of the unwanted is the wanted's."""
+    """Sizes [G, n, 6] of pictures of one size.
+
+    Where nothing is said of the unwanted, it has the wanted's.
+
+    Raises:
+        EncacheError: one of the unwanted's sizes is said without the other: diffusers ignores it.
+    """
+    if unwanted != Sizes() and not (unwanted.original and unwanted.target):
+        raise EncacheError("Give both negative_original_size and negative_target_size, or neither.")
     said = unwanted if unwanted != Sizes() else wanted
     branches = [said, wanted][-num_guided:]
     return torch.stack([one.ids(size).expand(num_images, -1) for one in branches])
@@ -176,13 +195,12 @@ class XLArguments:
         """Read a call's further arguments.
 
         Raises:
-            TypeError: no model takes one of them.
-            EncacheError: this model is none of Stable Diffusion XL.
+            EncacheError: encache takes no such argument, or this model is no Stable Diffusion XL.
         """
         known = {one.name for one in fields(cls)}
         for name, value in arguments.items():
             if name not in known:
-                raise TypeError(f"EncachePipeline takes no argument {name!r}.")
+                raise EncacheError(f"encache's pipelines take no argument {name!r}.")
             if not (of_this_model or value is None or value == (0, 0)):
                 raise EncacheError(f"{name} belongs to Stable Diffusion XL; this model has none.")
         return cls(**arguments)

@@ -31,7 +31,6 @@ class Engines(Protocol):
         capturable: whether its runs may be part of a CUDA graph.
         has_own_threads: whether a library beside PyTorch computes on the CPU.
         target: the sizes that they were compiled for; None if they take any.
-        dtype, device: of latents, conditions and features.
     """
 
     name: str
@@ -42,8 +41,14 @@ class Engines(Protocol):
     capturable: bool
     has_own_threads: bool
     target: Target | None
-    dtype: torch.dtype
-    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents, conditions and features."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """Noise [B, C, h, w] of latents [B, C, h, w] at timestep [1]; without a cut."""
@@ -189,9 +194,17 @@ class TorchEngines:
         }
         self.features = self._halves.features if self._halves else ()
         self.conditions = self._backbone.conditions
-        self.dtype = module.dtype
-        self.device = module.device
         self.capturable = capturable and self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the module, wherever a wrapped pipeline has moved it."""
+        return self._backbone.module.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the module."""
+        return self._backbone.module.device
 
     @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:

@@ -10,6 +10,7 @@ from encache.contract import dtypes
 from encache.contract.library import TENSORRT_BACKENDS
 from encache.contract.manifest import read_manifest
 from encache.contract.target import Target, make_target
+from encache.errors import EncacheError
 from encache.export.build import (
     Report,
     Request,
@@ -18,10 +19,10 @@ from encache.export.build import (
     find_engines,
 )
 from encache.model.checkpoint import Checkpoint, find_checkpoint
-from encache.model.family import empty_is_zero, family_of
+from encache.model.family import empty_is_zero, family_of, must_upcast
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID, Preset
-from encache.model.spec import DEFAULT_CUT, Cut, ImageSpec
+from encache.model.spec import DEFAULT_CUT, NO_CUT, Cut, ImageSpec
 from encache.model.text_encoder import text_encoders_of
 from encache.runtime.backends import Parts, load_scheduler, open_parts
 from encache.runtime.codec import TorchCodec
@@ -92,12 +93,17 @@ class FromPretrained:
             EncacheError: encache runs no such pipeline, or it reads what encache does not carry.
         """
         family = family_of(pipeline)
+        if cut != NO_CUT and hasattr(pipeline.unet, "_hf_hook"):
+            raise EncacheError(
+                "This pipeline's weights are offloaded to the CPU, which a cut does not follow "
+                "here. Use encache.enable(pipe), which does, or wrap it before."
+            )
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
         encoders = text_encoders_of(pipeline)
         parts = Parts(
             TorchEngines(pipeline.unet, cut, capturable=capturable),
             Texts([one.tokenizer for one in encoders], [TorchText(one) for one in encoders]),
-            TorchCodec(pipeline.vae),
+            TorchCodec(pipeline.vae, upcast=must_upcast(family, pipeline.vae)),
         )
         return cls(
             parts,

@@ -29,7 +29,7 @@ from encache.errors import EncacheError
 from encache.model.backbone import Conditions
 from encache.model.spec import NO_CUT
 from encache.model.split import blend
-from encache.runtime.blend import DEFAULT_STRIDE, NUM_SLOTS, Blend, ring_weights
+from encache.runtime.blend import DEFAULT_STRIDE, Blend, ring_weights, slots_for
 from encache.runtime.engines import Engines, allocate_ring
 from encache.runtime.plan import (
     calls_within,
@@ -86,7 +86,7 @@ class Segments:
         self._key_calls = key_calls
         self._announced = announced
         self._max_decode_batch = max_decode_batch
-        self._num_slots = min(NUM_SLOTS[rule], len(key_calls))
+        self._num_slots = slots_for(rule, key_calls)
         self._nodes: dict[int, int] = {}  # the last key calls, and the slots that they fill
         self._ring: list[Tensor] = []
         self._ready: dict[int, Tensor] = {}

@@ -6,9 +6,10 @@ What would be ignored would be believed to work.
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+import diffusers
 
 from encache.errors import EncacheError
+from encache.model.family import FAMILIES
 
 #: Options of from_pretrained, with the value that asks for what is done anyway.
 _DONE_ANYWAY: dict[str, Any] = {
@@ -30,8 +31,12 @@ _REFUSED_ARGUMENTS = {
     "cross_attention_kwargs": "A LoRA's scale is chosen when it is loaded: FILE:SCALE.",
     "callback": "Use callback_on_step_end.",
 }
-#: Of every StableDiffusionPipeline; set in its constructor, so that the class does not have them.
-_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker", "feature_extractor")
+#: Parts of diffusers' pipelines; set in their constructors, so that the classes do not have them.
+_COMPONENTS = {
+    *(part for family in FAMILIES.values() for part in (*family.parts, *family.loading)),
+    "watermark",
+} - {"scheduler"}
+_PIPELINES: tuple[Any, ...] = tuple(getattr(diffusers, name) for name in FAMILIES)
 _WRAP = "Do it on a diffusers pipeline and wrap that: EncachePipeline.from_pipe(pipeline)."
 
 
@@ -43,17 +48,21 @@ class HonestAttributes:
     """Refuses attributes of diffusers' pipelines that would have no effect here."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _COMPONENTS or hasattr(StableDiffusionPipeline, name):
+        if _is_diffusers(name):
             raise UnsupportedAttributeError(f"A cached pipeline has no {name}. {_WRAP}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         ours = name in self.__dict__ or hasattr(type(self), name)
-        if not ours and (name in _COMPONENTS or hasattr(StableDiffusionPipeline, name)):
+        if name in _COMPONENTS or (not ours and _is_diffusers(name)):
             if name in _DONE_ANYWAY and value is _DONE_ANYWAY[name]:
                 return
             raise UnsupportedAttributeError(f"Setting {name} would change nothing here. {_WRAP}")
         super().__setattr__(name, value)
+
+
+def _is_diffusers(name: str) -> bool:
+    return name in _COMPONENTS or any(hasattr(one, name) for one in _PIPELINES)
 
 
 def refuse_loading_options(options: Mapping[str, Any]) -> None:

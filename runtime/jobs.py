@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from encache.errors import EncacheError
-from encache.runtime.memory import explaining_want_of_memory
+from encache.runtime.memory import explaining_want_of_memory, too_many_rows
 from encache.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def draw(
         options: further arguments of the pipeline, such as output_type.
     """
     first = jobs[0]
-    with explaining_want_of_memory(len(jobs) * settings.rows):
+    with explaining_want_of_memory(too_many_rows(len(jobs) * settings.rows)):
         noise = noise_of(pipeline, jobs)
     return pipeline(
         [job.prompt for job in jobs],

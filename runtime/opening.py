@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +53,7 @@ class Opening:
         if one_folder:
             manifest = read_manifest(one_folder)
             identity = manifest.identity
+            backend = identity.backend
             return cls(manifest, None, identity.cut, identity.dtype, backend, engine_dir)
         checkpoint = model.find()
         if checkpoint.folder is None and backend in TENSORRT_BACKENDS:
@@ -76,23 +76,23 @@ class Opening:
         assert self.checkpoint
         return self.checkpoint.fingerprint
 
-    @cached_property
-    def early(self) -> "EncachePipeline | None":
-        """A single file alone, which says nothing until it is loaded; otherwise None."""
-        alone = self.checkpoint and self.checkpoint.folder is None
-        return self._open(None) if alone else None
-
     def scheduler(self) -> "Scheduler":
         """The model's own."""
-        from encache.model.loading import read_outline
+        from encache.export.build import Request, find_engines
+        from encache.model.loading import load_pipeline, read_outline
         from encache.runtime.backends import load_scheduler
 
         if self.manifest:
             return load_scheduler(self.engine_dir, self.manifest)
-        if self.early:
-            return self.early.scheduler
         assert self.checkpoint
-        return read_outline(self.checkpoint).scheduler
+        if self.checkpoint.folder:
+            return read_outline(self.checkpoint).scheduler
+        # A single file alone says nothing until it is loaded; what was exported from it does.
+        if self.backend != "torch":
+            request = Request(self.checkpoint, self.cut, self.dtype, self.backend)
+            if folder := find_engines(request, self.engine_dir):
+                return load_scheduler(folder, read_manifest(folder))
+        return load_pipeline(self.checkpoint).scheduler
 
     def open(self, run: "Run", size: SizeOptions) -> "EncachePipeline":
         """Open it, building engines that are missing: of TensorRT's what the run needs, no more."""
@@ -108,7 +108,7 @@ class Opening:
                 height=exactly(size.height),
                 width=exactly(size.width),
             )
-        return self.early or self._open(target)
+        return self._open(target)
 
     def _open(self, target: Target | None) -> "EncachePipeline":
         from encache.runtime.pipeline import EncachePipeline

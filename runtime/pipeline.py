@@ -18,7 +18,7 @@ from encache.model.preset import Preset
 from encache.model.spec import check_size
 from encache.progress import progress
 from encache.runtime.blend import Blend
-from encache.runtime.codec import decode_pictures
+from encache.runtime.codec import decode_pictures, refuse_output_type
 from encache.runtime.conditions import (
     Prompt,
     Prompts,
@@ -30,7 +30,7 @@ from encache.runtime.executor import Executor, Guidance
 from encache.runtime.from_pretrained import FromPretrained
 from encache.runtime.habits import HonestAttributes, refuse_call_options
 from encache.runtime.jobs import draw_noise
-from encache.runtime.memory import explaining_want_of_memory
+from encache.runtime.memory import explaining_want_of_memory, too_many_rows
 from encache.runtime.plan import Plan, make_plan
 from encache.runtime.settings import Settings, resolve
 
@@ -173,6 +173,7 @@ class EncachePipeline(HonestAttributes, FromPretrained):
             cross_attention_kwargs=cross_attention_kwargs,
             callback=callback,
         )
+        refuse_output_type(output_type)
         xl = XLArguments.read(of_xl, self._reads("time_ids"))
         _refuse_other_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         wished = Preset(
@@ -205,15 +206,15 @@ class EncachePipeline(HonestAttributes, FromPretrained):
         }
         num_guided, num_images = texts["text"].shape[:2]
         rows = num_guided * num_images
-        with explaining_want_of_memory(rows):
+        with explaining_want_of_memory(too_many_rows(rows)):
             size = self.latent_size(height, width)
             noise = draw_noise(self, num_images, size, generator, latents)
-        conditions = self._complete(texts, xl, noise)
+        conditions = self.complete(texts, xl, noise)
         plan = self._plan(settings, noise, rows, max_decode_batch)
         guidance = Guidance(settings.guidance_scale if num_guided > 1 else None, guidance_rescale)
-        with explaining_want_of_memory(rows):
+        with explaining_want_of_memory(too_many_rows(rows)):
             latents = self._sample(plan, noise, conditions, guidance, callback_on_step_end)
-            images = self.decode(latents, output_type)
+        images = self.decode(latents, output_type)
         if not return_dict:
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
@@ -221,7 +222,7 @@ class EncachePipeline(HonestAttributes, FromPretrained):
     def _reads(self, condition: str) -> bool:
         return any(one.name == condition for one in self.engines.conditions)
 
-    def _complete(
+    def complete(
         self, texts: dict[str, Tensor], xl: XLArguments, noise: Tensor
     ) -> dict[str, Tensor]:
         """All conditions [G, n, ...] that the denoiser reads, on its device."""

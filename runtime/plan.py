@@ -13,7 +13,7 @@ from torch import Tensor
 
 from encache.errors import PlanError
 from encache.model.spec import NO_CUT
-from encache.runtime.blend import BLENDS, DEFAULT_STRIDE, NUM_SLOTS, Blend, ring_weights
+from encache.runtime.blend import BLENDS, DEFAULT_STRIDE, Blend, ring_weights, slots_for
 from encache.runtime.schedulers import full_config
 from encache.runtime.settings import FULL, Policy
 from encache.runtime.solver import PRIOR_NOISE, Columns, Scheduler, SolverTable, probe_solver
@@ -272,7 +272,7 @@ def _make_plan(
         steps, columns, samples = _blend_outputs(steps, table)
     return Plan(
         num_calls=table.num_calls,
-        num_slots=0 if policy.cut == NO_CUT else min(NUM_SLOTS[policy.blend], len(keys)),
+        num_slots=0 if policy.cut == NO_CUT else slots_for(policy.blend, keys),
         key_calls=keys,
         blend=policy.blend,
         steps=tuple(_split_decodes(steps, max_decode_calls)),
@@ -314,7 +314,7 @@ def _causal_steps(
     table: SolverTable, keys: tuple[int, ...], blend: Blend
 ) -> list[Evaluate | Decode]:
     """Evaluate each key call, then decode its whole segment from the last M of them."""
-    slots = min(NUM_SLOTS[blend], len(keys))
+    slots = slots_for(blend, keys)
     steps: list[Evaluate | Decode] = []
     for index, (key, stop) in enumerate(zip(keys, (*keys[1:], table.num_calls), strict=True)):
         nodes = keys[max(0, index + 1 - slots) : index + 1]
@@ -330,16 +330,16 @@ def _look_ahead_steps(
 
     The guess holds the noise of the key call. The last segment has no next key, so it extrapolates.
     """
-    slots = min(NUM_SLOTS[blend], len(keys))
+    slots = slots_for(blend, keys)
     steps: list[Evaluate | Decode] = [_evaluate(table, 0, 0)]
     for index, (key, following) in enumerate(pairwise(keys)):
         slot, between = (index + 1) % slots, range(key + 1, following)
         steps.append(_decode(table, range(key, key + 1), (key,), keys, slots))
         steps.append(_evaluate(table, following, slot, _guess(table, following, key)))
-        if between:
+        if between:  # otherwise there was nothing to guess
             steps.append(_decode(table, between, (key, following), keys, slots))
-        if blend == "interpolate-refresh":
-            steps.append(_evaluate(table, following, slot))
+            if blend == "interpolate-refresh":
+                steps.append(_evaluate(table, following, slot))
     steps.append(_decode(table, range(keys[-1], table.num_calls), keys[-2:], keys, slots))
     return steps
 

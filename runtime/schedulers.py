@@ -1,6 +1,7 @@
 """The solvers that the command line names; in Python any deterministic scheduler works."""
 
 import inspect
+import math
 from typing import Any
 
 from encache.errors import PlanError
@@ -26,13 +27,13 @@ def full_config(scheduler: Any) -> dict[str, Any]:
     """Every number that decides what a scheduler does, as JSON can hold it.
 
     diffusers also notes which of them its config file had left out, in no order: from_config would
-    leave them out again.
+    leave them out again. JSON has no infinity, which stands only where a bound is none by default.
     """
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     return {
         name: value.tolist() if hasattr(value, "tolist") else value
         for name, value in sorted(config.items())
-        if name != "_use_default_values"
+        if name != "_use_default_values" and not (isinstance(value, float) and math.isinf(value))
     }
 
 

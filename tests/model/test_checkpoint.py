@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from encache.errors import CheckpointError
 from encache.model.checkpoint import find_checkpoint
+from encache.model.hub import hub_id_of, short_name
 from encache.model.loading import load_pipeline
 from encache.model.unpickle import main as unpickle
 from tests.conftest import make_pipeline, tiny_unet
@@ -214,3 +215,14 @@ def test_unknown_component_class(model_folder, tmp_path):
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="could not be loaded"):
         load_pipeline(find_checkpoint(copy))
+
+
+def test_only_the_hubs_own_cache_names_a_model(tmp_path):
+    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abcd"
+    mine = tmp_path / "data" / "snapshots" / "mine"
+    for folder in (cached, mine):
+        folder.mkdir(parents=True)
+    assert hub_id_of(cached) == "owner/name"
+    assert short_name(cached) == "name"
+    assert hub_id_of(mine) is None
+    assert short_name(mine) == "mine"

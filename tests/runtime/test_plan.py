@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -97,7 +98,8 @@ def test_every_call_is_decoded_once_from_filled_slots(keys, blend, name):
                 assert sum(row) == pytest.approx(1)
                 assert {slot for slot, weight in enumerate(row) if weight} <= filled
     assert decoded == list(range(plan.num_calls))
-    refreshed = max(0, len(keys) - 1) if blend == "interpolate-refresh" else 0
+    gaps = sum(second - first > 1 for first, second in pairwise(keys))
+    refreshed = gaps if blend == "interpolate-refresh" else 0
     assert plan.num_evaluations == len(keys) + refreshed
 
 

@@ -1,11 +1,14 @@
 """The table equals the stepped diffusers scheduler."""
 
+import json
+
 import diffusers
 import pytest
 import torch
 
 from encache.errors import PlanError
-from encache.runtime.schedulers import make_scheduler
+from encache.model.loading import scheduler_from_config
+from encache.runtime.schedulers import SCHEDULERS, full_config, make_scheduler
 from encache.runtime.solver import probe_solver
 from tests.conftest import stable_diffusion_scheduler
 from tests.runtime.solvers import NAMES, solver
@@ -102,3 +105,12 @@ def test_steps_of_zero_and_too_many():
 def test_unknown_scheduler():
     with pytest.raises(PlanError, match="Choose one of ddim"):
         make_scheduler("ancestral", stable_diffusion_scheduler())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_schedulers_config_is_json_and_makes_the_same_again(name):
+    made = make_scheduler(name, stable_diffusion_scheduler())
+    text = json.dumps(full_config(made), allow_nan=False)
+    again = scheduler_from_config(json.loads(text))
+    assert full_config(again) == full_config(made)
+    assert again.config.get("lambda_min_clipped") == made.config.get("lambda_min_clipped")

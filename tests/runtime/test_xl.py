@@ -188,3 +188,58 @@ def test_the_command_compares_it(xl_folder, tmp_path, monkeypatch):
     assert cached["psnr"] > fewer["psnr"] or cached["psnr"] > 30
     # Two of six calls, counted alike.
     assert cached["gflop"] == pytest.approx(full["gflop"] / 3)
+
+
+def test_a_wrapped_pipeline_in_fp16_decodes_in_fp32_where_its_autoencoder_asks_for_it():
+    whole = make_xl_pipeline()
+    latents = draw(whole).float()
+    expected = EncachePipeline.from_pipe(whole).decode(latents, "pt")
+    whole.vae.register_to_config(force_upcast=True)
+    narrow = whole.to(torch.float16)
+    ours = EncachePipeline.from_pipe(narrow)
+    actual = ours.decode(latents, "pt")
+    assert actual.dtype == torch.float32
+    assert narrow.vae.dtype == torch.float16  # it is the caller's
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_arguments_that_would_be_ignored_are_refused(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    texts = ours.texts(["red apple"])
+    given = {"prompt_embeds": texts["text"], "pooled_prompt_embeds": texts["pooled_text"]}
+    with pytest.raises(EncacheError, match="not as both"):
+        draw(ours, None, prompt_2="pear", **given)
+    negative = {f"negative_{name}": one for name, one in given.items()}
+    with pytest.raises(EncacheError, match="not as both"):
+        draw(ours, negative_prompt="pear", **negative)
+    for arguments, words in (
+        ({"negative_crops_coords_top_left": (1, 1)}, "Give both"),
+        ({"negative_original_size": (8, 8)}, "Give both"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"denoising_end": 0.8}, "take no argument 'denoising_end'"),
+        ({"output_type": "pli"}, "pil, np, pt or latent"),
+    ):
+        with pytest.raises(EncacheError, match=words):
+            draw(ours, **arguments)
+    for name in ("text_encoder_2", "tokenizer_2", "tokenizer", "watermark", "image_encoder"):
+        with pytest.raises(EncacheError, match=f"Setting {name}"):
+            setattr(ours, name, object())
+
+
+def test_one_negative_embedding_serves_all_prompts(pipeline):
+    ours = EncachePipeline.from_pipe(pipeline)
+    nothing = ours.texts(["green pear"])
+    negative = {
+        "negative_prompt_embeds": nothing["text"],
+        "negative_pooled_prompt_embeds": nothing["pooled_text"],
+    }
+    prompts = ["red apple", "hot dog"]
+    actual = draw(ours, prompts, **negative)
+    expected = draw(ours, prompts, negative_prompt="green pear")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_that_are_normalised_by_channel_are_refused(pipeline):
+    pipeline.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    with pytest.raises(CheckpointError, match="latents_mean"):
+        EncachePipeline.from_pipe(pipeline)
