@@ -16,6 +16,7 @@ BELOW: dict[str, set[str]] = {
     "runtime": {"model", "contract", "export"},
     "train": {"model", "contract", "export", "runtime"},
     "evaluate": {"model", "contract", "export", "runtime"},
+    "serve": {"model", "contract", "export", "runtime"},
 }
 COMMANDS = [
     "encache.export.cli",
@@ -23,6 +24,7 @@ COMMANDS = [
     "encache.runtime.cli",
     "encache.train.cli",
     "encache.evaluate.cli",
+    "encache.serve.batch_cli",
 ]
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 
@@ -52,7 +54,16 @@ def test_every_module_can_be_imported():
 
 @pytest.mark.parametrize("module", ["encache", *COMMANDS])
 def test_light_imports(module):
-    heavy = ["torch", "diffusers", "onnxruntime", "onnx", "tensorrt", "transformers"]
+    heavy = [
+        "torch",
+        "diffusers",
+        "onnxruntime",
+        "onnx",
+        "tensorrt",
+        "transformers",
+        "ray",
+        "fastapi",
+    ]
     done = run_python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 
