@@ -25,6 +25,7 @@ COMMANDS = [
     "encache.train.cli",
     "encache.evaluate.cli",
     "encache.serve.batch_cli",
+    "encache.serve.serve_cli",
 ]
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 
