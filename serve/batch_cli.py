@@ -65,9 +65,12 @@ class _WorkerOptions:
         "GPU, or per --cores.",
     )
     cores: int | None = option(
-        type=click.IntRange(1), help="Of each worker. Default: its share; in a cluster 1."
+        type=click.IntRange(1),
+        help="Of each worker. Default: its share of this machine; in a cluster 1.",
     )
-    ray_address: str | None = option(help="Of a Ray cluster, such as auto or ray://head:10001.")
+    ray_address: str | None = option(
+        help="Of a Ray cluster; auto finds the one that this machine is in."
+    )
 
 
 @click.command(cls=Command)

@@ -114,7 +114,7 @@ class Cluster:
     Attributes:
         address: of a Ray cluster; None starts one on this machine.
         workers: how many; None is one per GPU, or one per group of cores.
-        cores: of each worker; None is a worker's share of all.
+        cores: of each worker; None is its share of this machine, or 1 in a cluster or with GPUs.
     """
 
     address: str | None
@@ -125,7 +125,9 @@ class Cluster:
         """The number of workers, and what Ray sets aside for each."""
         gpus, cores = int(total.get("GPU", 0)), int(total.get("CPU", 1))
         workers = self.workers or gpus or max(1, cores // (self.cores or 1))
-        own = {"num_cpus": float(self.cores or max(1, cores // workers))}
+        # Machines of a cluster differ: a worker that wants much may fit on none.
+        share = 1 if gpus or self.address else max(1, cores // workers)
+        own = {"num_cpus": float(self.cores or share)}
         return workers, own | ({"num_gpus": min(1.0, gpus / workers)} if gpus else {})
 
 

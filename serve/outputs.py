@@ -51,15 +51,17 @@ def claiming(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         EncacheError: another process has it, or it holds something else.
     """
     check_writable(folder)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            _check_settings(folder, settings)
-            for left in folder.glob(".*.*.*"):  # by a process that was killed
-                if _LEFT.fullmatch(left.name):
-                    left.unlink()
-            yield
+        held = lock.acquire()
     except Timeout as error:
         raise EncacheError(f"Another encache-batch is writing to {folder}: wait for it.") from error
+    with held:
+        _check_settings(folder, settings)
+        for left in folder.glob(".*.*.*"):  # by a process that was killed
+            if _LEFT.fullmatch(left.name):
+                left.unlink()
+        yield
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from encache.runtime.cli import main as encache_run
 from encache.runtime.images import read_metadata
 from encache.runtime.jobs import Job
 from encache.serve.batch_cli import main
+from encache.serve.bulk import Cluster
 from encache.serve.outputs import ImageFolder
 from encache.serve.rows import read_rows
 from encache.train.data import open_pictures
@@ -270,6 +271,20 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run(batch, tmp_path, monkeypatc
 
     monkeypatch.setattr("encache.runtime.generator.draw", lambda *a, **k: refuse())
     assert "it is black" in batch(prompts, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted", "total", "expected"),
+    [
+        (None, (2, None), {"CPU": 8.0}, (2, {"num_cpus": 4.0})),
+        (None, (None, 2), {"CPU": 8.0}, (4, {"num_cpus": 2.0})),
+        ("auto", (None, None), {"CPU": 8.0}, (8, {"num_cpus": 1.0})),
+        ("auto", (None, None), {"CPU": 36.0, "GPU": 2.0}, (2, {"num_cpus": 1.0, "num_gpus": 1.0})),
+        ("auto", (4, 3), {"CPU": 36.0, "GPU": 2.0}, (4, {"num_cpus": 3.0, "num_gpus": 0.5})),
+    ],
+)
+def test_what_each_worker_gets(address, wanted, total, expected):
+    assert Cluster(address, *wanted).resources(total) == expected
 
 
 @pytest.fixture
