@@ -9,9 +9,9 @@ from encache.export.options import SizeOptions
 from encache.runtime.blend import DEFAULT_STRIDE
 from encache.runtime.jobs import Job, draw
 from encache.runtime.opening import Opening, Run
-from encache.runtime.plan import Decode, make_plan
+from encache.runtime.plan import Decode, Plan, make_plan
 from encache.runtime.schedulers import full_config
-from encache.runtime.settings import Settings
+from encache.runtime.settings import Policy, Settings
 from encache.runtime.solver import Scheduler
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def cost_of(solver: Scheduler, settings: Settings) -> Cost:
     decoded = sum(step.stop - step.start for step in plan.steps if isinstance(step, Decode))
     rows = settings.rows
     return Cost(plan.num_evaluations, plan.num_evaluations * rows, decoded * rows)
+
+
+def stride_of(policy: Policy, plan: Plan) -> int | None:
+    """The distance of a plan's key calls, or None where they are listed."""
+    return None if policy.key_calls else policy.stride or min(DEFAULT_STRIDE, plan.num_calls)
 
 
 def group(orders: Sequence[Order], most: int) -> list[list[int]]:
@@ -110,14 +115,13 @@ class Generator:
         """A picture's metadata: what decides it, not how it is batched."""
         settings, policy = order.settings, order.settings.policy
         plan = make_plan(self._run.solver, settings.steps, policy)
-        stride = None if policy.key_calls else policy.stride or min(DEFAULT_STRIDE, plan.num_calls)
         height, width = self._size(order.job)
         return {
             **asdict(order.job),
             "height": height,
             "width": width,
             **settings.arguments,
-            "stride": stride,
+            "stride": stride_of(policy, plan),
             "plan": plan.hash(),
             **self._origin,
         }

@@ -9,17 +9,18 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from encache.errors import EncacheError
 from encache.runtime.generator import Cost, Order
 from encache.runtime.images import encode_png
-from encache.serve.asking import Format, Intake, OpenAIImages, TextToImage
+from encache.serve.asking import Format, Intake, OpenAIImages, Policy, TextToImage
 from encache.serve.desk import Desk, FullError
 from encache.serve.guard import FACTS, Guard, error_body
 from encache.serve.metrics import Metrics
@@ -27,6 +28,11 @@ from encache.serve.metrics import Metrics
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; form-action 'none'; frame-ancestors 'none'"
+)
 #: Pictures that a URL was given for; older ones are forgotten.
 MOST_KEPT = 256
 
@@ -125,8 +131,10 @@ def make_app(service: Service, metrics: Metrics, token: str | None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_api_route("/v1/images/generations", generate_images, methods=["POST"])
     app.add_api_route("/v1/images/files/{name}", fetch_image, methods=["GET"])
+    app.add_api_route("/v1/plans", show_plan, methods=["POST"])
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/sdapi/v1/txt2img", text_to_image, methods=["POST"])
+    app.add_api_route("/", show_page, methods=["GET"])
     app.add_api_route("/healthz", health, methods=["GET"])
     app.add_api_route("/readyz", readiness, methods=["GET"])
     app.add_api_route(
@@ -194,6 +202,12 @@ async def list_models(service: Served) -> dict[str, Any]:
     }
 
 
+async def show_plan(asked: Policy, service: Served) -> dict[str, Any]:
+    """Which calls a policy runs, and what a picture costs, without drawing one."""
+    outline = await asyncio.to_thread(service.intake.outline, asked)
+    return {"model": service.name, **outline}
+
+
 async def text_to_image(asked: TextToImage, request: Request, service: Served) -> dict[str, Any]:
     """Draw pictures, as web front ends of Stable Diffusion ask for them."""
     count = asked.batch_size * asked.n_iter
@@ -212,6 +226,12 @@ async def text_to_image(asked: TextToImage, request: Request, service: Served) -
         "parameters": asked.model_dump(),
         "info": json.dumps(info),
     }
+
+
+async def show_page() -> HTMLResponse:
+    """A page to draw with; it is one file, and loads nothing from elsewhere."""
+    page = await asyncio.to_thread(_PAGE.read_text, encoding="utf-8")
+    return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
 
 async def health() -> dict[str, str]:

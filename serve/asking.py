@@ -4,14 +4,15 @@ import math
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from encache.errors import EncacheError
 from encache.model.preset import Preset
-from encache.runtime.generator import Cost, Generator, Order
+from encache.runtime.generator import Cost, Generator, Order, cost_of, stride_of
 from encache.runtime.jobs import Job
+from encache.runtime.plan import make_plan
 from encache.runtime.settings import Settings, resolve
 
 Format = Literal["png", "jpeg", "webp"]
@@ -130,7 +131,7 @@ class TextToImage(BaseModel):
 #: Fields of front ends that say how to do what must be asked for by another field.
 _IDLE = {
     *("denoising_strength", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "send_images"),
-    *("s_churn", "s_noise", "s_tmin", "s_tmax", "override_settings_restore_afterwards"),
+    *("s_noise", "s_tmin", "s_tmax", "override_settings_restore_afterwards"),
     *("do_not_save_samples", "do_not_save_grid"),
 }
 
@@ -165,6 +166,24 @@ class Intake:
         if settings.steps > self.limits.steps:
             raise EncacheError(f"steps may be {self.limits.steps} at most, not {settings.steps}.")
         return settings
+
+    def outline(self, policy: Policy) -> dict[str, Any]:
+        """A policy's plan and cost, in numbers for a person.
+
+        Raises:
+            EncacheError: it cannot be drawn.
+        """
+        settings = self.settle(policy)
+        solver = self.generator.pipeline.scheduler
+        plan = make_plan(solver, settings.steps, settings.policy)
+        return {
+            "num_calls": plan.num_calls,
+            "key_calls": plan.key_calls,
+            "stride": stride_of(settings.policy, plan),
+            "blend": plan.blend,
+            "full_rows": plan.num_calls * settings.rows,
+            **vars(cost_of(solver, settings)),
+        }
 
     def take(
         self, prompt: str, policy: Policy, count: int, height: int | None, width: int | None
