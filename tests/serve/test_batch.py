@@ -13,10 +13,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from encache.contract.manifest import read_manifest
 from encache.errors import EncacheError
 from encache.runtime.cli import main as encache_run
 from encache.runtime.images import read_metadata
 from encache.runtime.jobs import Job
+from encache.runtime.ort import open_onnxruntime
 from encache.serve.batch_cli import main
 from encache.serve.bulk import Cluster
 from encache.serve.outputs import ImageFolder
@@ -285,6 +287,13 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run(batch, tmp_path, monkeypatc
 )
 def test_what_each_worker_gets(address, wanted, total, expected):
     assert Cluster(address, *wanted).resources(total) == expected
+
+
+def test_a_worker_keeps_to_its_cores(engine_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray sets it
+    graphs, _ = open_onnxruntime(engine_folder, read_manifest(engine_folder))
+    options = [graph._session.get_session_options() for graph in graphs.values()]
+    assert {one.intra_op_num_threads for one in options} == {1}
 
 
 @pytest.fixture

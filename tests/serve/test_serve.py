@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -285,6 +286,14 @@ def test_servers_that_do_not_start(engine_folder, tmp_path, monkeypatch, argumen
     result = CliRunner().invoke(main, ["--engine-dir", str(engine_folder), *arguments])
     assert result.exit_code == code, result.output
     assert words in result.stderr
+
+
+def test_a_port_that_is_taken(engine_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["--engine-dir", str(engine_folder), "--port", port])
+    assert result.exit_code == 1
+    assert "another --port" in result.stderr
 
 
 def test_sigterm_lets_what_was_begun_end(engine_folder):
