@@ -2,28 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from encache import __version__
 from encache.command import Command, Text, echo_path, typed_options
-from encache.contract.library import BACKENDS
-from encache.contract.manifest import MANIFEST
 from encache.errors import EncacheError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions
 from encache.files import read_lines
 from encache.model.checkpoint import Checkpoint
 from encache.options import option, takes
-from encache.runtime.blend import DEFAULT_STRIDE
 from encache.runtime.opening import Opening, Run, resolve_run
-from encache.runtime.options import SamplingOptions
+from encache.runtime.options import EnginesOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from encache.runtime.jobs import Job
-    from encache.runtime.pipeline import EncachePipeline
+    from encache.runtime.generator import Generator, Order
 
 #: What a user takes for a file's name; only the first can hold our metadata.
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -85,20 +81,7 @@ class _OutputOptions:
 
 @click.command(cls=Command)
 @takes(wanted=_PromptOptions, sampling=SamplingOptions, size=SizeOptions, output=_OutputOptions)
-@takes(model=ModelOptions, engine=EngineOptions)
-@click.option(
-    "--backend",
-    type=click.Choice(("torch", *BACKENDS)),
-    default="onnxruntime",
-    show_default=True,
-)
-@click.option(
-    "--engine-dir",
-    type=click.Path(path_type=Path),
-    default=Path("engines"),
-    show_default=True,
-    help="Where engines are found, or built on first use; or one engine folder.",
-)
+@takes(model=ModelOptions, engine=EngineOptions, engines=EnginesOptions)
 def main(
     wanted: _PromptOptions,
     sampling: SamplingOptions,
@@ -106,8 +89,7 @@ def main(
     output: _OutputOptions,
     model: ModelOptions,
     engine: EngineOptions,
-    backend: str,
-    engine_dir: Path,
+    engines: EnginesOptions,
 ) -> None:
     """Draw prompts with Stable Diffusion, running the UNet at key calls only.
 
@@ -121,11 +103,11 @@ def main(
     prompts = wanted.read()
     if not prompts and not output.dry_run:
         raise click.UsageError("Give --prompt, or --prompts-file with a prompt in it.")
-    one_folder = engine_dir if (engine_dir / MANIFEST).is_file() else None
-    _refuse_what_would_be_ignored(one_folder, output.comparing, bool(sampling.key_calls), backend)
+    engines.refuse_idle_options(sampling, "comparing")
+    _refuse_idle_options(output.comparing)
     size.check()
     # Everything that can be wrong is checked before engines are built, which may take minutes.
-    opening = Opening.of(one_folder, model, engine, backend, engine_dir)
+    opening = Opening.of(engines.one_folder, model, engine, engines.backend, engines.engine_dir)
     run = resolve_run(
         opening,
         sampling,
@@ -138,6 +120,7 @@ def main(
         click.echo(run.plan.to_json())
         return
     from encache.files import check_new
+    from encache.runtime.generator import Generator, Order
     from encache.runtime.jobs import Job
 
     if output.json_path:
@@ -146,69 +129,18 @@ def main(
     if opening.checkpoint and output.comparing:
         _compare(opening.checkpoint, opening, run, prompts, wanted.negative_prompt, size, output)
         return
-    pipeline = opening.open(run, size)
-    pipeline.scheduler = run.solver
-    jobs = [
-        [Job(prompt, seed, wanted.negative_prompt, size.height, size.width) for seed in seeds]
+    generator = Generator(opening, run, size, output.max_decode_batch)
+    job = partial(Job, negative_prompt=wanted.negative_prompt, height=size.height, width=size.width)
+    batches = [
+        [Order(job(prompt, seed), run.settings) for seed in seeds]
         for prompt, seeds in product(prompts, run.batches)
     ]
-    facts = _facts(pipeline, opening, run, output.max_decode_batch)
     if output.output in paths.values():
-        _refuse_taken(output.output, _facts_of(jobs[0][0], pipeline, facts))
-    _draw(pipeline, jobs, run, facts, [*paths.values()])
+        _refuse_taken(output.output, generator.describe(batches[0][0]))
+    _draw(generator, batches, [*paths.values()])
 
 
-def _facts(
-    pipeline: "EncachePipeline", opening: Opening, run: Run, max_decode_batch: int | None
-) -> dict[str, Any]:
-    """What a picture's metadata says beside its job.
-
-    As it decides the picture, not as this batch or these engines need it.
-    """
-    from encache.runtime.plan import make_plan
-    from encache.runtime.schedulers import full_config
-
-    settings, policy = run.settings, run.settings.policy
-    stride = None if policy.key_calls else policy.stride or min(DEFAULT_STRIDE, run.plan.num_calls)
-    return {
-        **settings.arguments,
-        "stride": stride,
-        "max_decode_batch": max_decode_batch,
-        "scheduler": full_config(run.solver),
-        "plan": make_plan(run.solver, settings.steps, policy).hash(),
-        "model": opening.model.name,
-        "fingerprint": opening.fingerprint,
-        "engines": pipeline.engines.identity,
-        "encache": __version__,
-    }
-
-
-def _facts_of(job: "Job", pipeline: "EncachePipeline", facts: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of one picture."""
-    height, width = pipeline.spec.picture_size
-    own = {**asdict(job), "height": job.height or height, "width": job.width or width}
-    return {**own, **facts}
-
-
-def _refuse_what_would_be_ignored(
-    engine_folder: Path | None, comparing: bool, listed: bool, backend: str
-) -> None:
-    """Options that another typed one makes meaningless are refused, never ignored."""
-    # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
-    decided = (
-        {"ckpt", "fast", "base", "variant", "loras", "vae", "cut", "dtype", "backend", "comparing"}
-        if engine_folder
-        else set()
-    )
-    for name in typed_options(decided):
-        raise click.UsageError(
-            f"{engine_folder} is one engine folder, so {name} cannot be honoured: leave it out, "
-            "or give --engine-dir the folder's parent."
-        )
-    if listed and [*typed_options({"stride"})]:
-        raise click.UsageError("--stride means nothing beside --key-calls.")
-    if backend == "torch" and [*typed_options({"engine_dir"})]:
-        raise click.UsageError("--engine-dir means nothing with --backend torch.")
+def _refuse_idle_options(comparing: bool) -> None:
     idle = {"num_images", "batch_size", "output"} if comparing else {"json_path", "repeats"}
     for name in typed_options(idle):
         raise click.UsageError(
@@ -255,27 +187,20 @@ def _refuse_taken(output: Path, facts: dict[str, Any]) -> None:
 
 
 def _draw(
-    pipeline: "EncachePipeline",
-    batches: Sequence[Sequence["Job"]],
-    run: Run,
-    facts: dict[str, Any],
-    paths: Sequence[Path],
+    generator: "Generator", batches: Sequence[Sequence["Order"]], paths: Sequence[Path]
 ) -> None:
     """Draw and save batch by batch, so that a run that is stopped keeps what it has."""
     from encache.runtime.images import find_png, save_png
-    from encache.runtime.jobs import draw
 
     places = iter(paths)
-    for jobs in batches:
-        told = [(_facts_of(job, pipeline, facts), next(places)) for job in jobs]
+    for orders in batches:
+        told = [(generator.describe(order), next(places)) for order in orders]
         drawn = [find_png(path, own) for own, path in told]
         if None in drawn:  # the whole batch again, for which engines may be compiled
-            pipeline.set_progress_bar_config(desc=jobs[0].prompt[:40])
-            images = draw(pipeline, jobs, run.settings, max_decode_batch=run.max_decode_batch)
-            drawn = [
-                there or save_png(image, path, own)
-                for there, image, (own, path) in zip(drawn, images, told, strict=True)
-            ]
+            generator.pipeline.set_progress_bar_config(desc=orders[0].job.prompt[:40])
+            for place, image in generator(orders):
+                own, path = told[place]
+                drawn[place] = drawn[place] or save_png(image, path, own)
         for path in filter(None, drawn):
             echo_path(path)
 

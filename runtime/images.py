@@ -24,15 +24,21 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Pat
     Returns:
         `path`, or where that is taken the same name with a number: path-2.png.
     """
+    encoded = encode_png(image, metadata)
+    for free in _candidates(path):
+        with suppress(FileExistsError):  # perhaps since a moment ago
+            write_new(free, encoded)
+            break
+    return free
+
+
+def encode_png(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
+    """The picture and its metadata as a file."""
     info = PngInfo()
     info.add_itxt(METADATA_KEY, _to_json(metadata))
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=info)
-    for free in _candidates(path):
-        with suppress(FileExistsError):  # perhaps since a moment ago
-            write_new(free, encoded.getvalue())
-            break
-    return free
+    return encoded.getvalue()
 
 
 def find_png(path: Path, metadata: Mapping[str, Any]) -> Path | None:

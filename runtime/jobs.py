@@ -37,20 +37,21 @@ class Job:
 def draw(
     pipeline: "EncachePipeline", jobs: Sequence[Job], settings: Settings, **options: Any
 ) -> Any:
-    """Pictures of jobs that differ in prompt and seed alone, in one batch.
+    """Pictures of jobs of one size, in one batch.
 
     Args:
         pipeline: what draws.
-        jobs: at least one.
+        jobs: at least one; either all of them say what to avoid, or none does.
         settings: how they are sampled.
         options: further arguments of the pipeline, such as output_type.
     """
     first = jobs[0]
+    unwanted = [job.negative_prompt or "" for job in jobs]
     with explaining_want_of_memory(too_many_rows(len(jobs) * settings.rows)):
         noise = noise_of(pipeline, jobs)
     return pipeline(
         [job.prompt for job in jobs],
-        negative_prompt=first.negative_prompt,
+        negative_prompt=None if first.negative_prompt is None else unwanted,
         latents=noise,
         height=first.height,
         width=first.width,

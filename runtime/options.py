@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from encache.command import FiniteFloat
+from encache.command import FiniteFloat, typed_options
+from encache.contract.library import BACKENDS
+from encache.contract.manifest import MANIFEST
 from encache.model.preset import Preset
 from encache.model.spec import Cut
 from encache.options import option
@@ -83,6 +86,42 @@ class SamplingOptions(SolverOptions):
             prior_noise=self.prior_noise,
             cut=cut,
         )
+
+
+@dataclass(frozen=True)
+class EnginesOptions:
+    """What runs the model, and where its engines are."""
+
+    backend: str = option(type=click.Choice(("torch", *BACKENDS)), default="onnxruntime")
+    engine_dir: Path = option(
+        type=click.Path(path_type=Path),
+        default=Path("engines"),
+        help="Where engines are found, or built on first use; or one engine folder.",
+    )
+
+    @property
+    def one_folder(self) -> Path | None:
+        """The folder itself, if it is one engine folder."""
+        return self.engine_dir if (self.engine_dir / MANIFEST).is_file() else None
+
+    def refuse_idle_options(self, sampling: SamplingOptions, *further: str) -> None:
+        """Refuse options that another typed one makes meaningless; they are never ignored.
+
+        Args:
+            sampling: how pictures are sampled.
+            further: parameters of the running command that an engine folder also decides.
+        """
+        # One engine folder is one model at one cut, and holds no PyTorch weights.
+        decided = {"ckpt", "fast", "base", "variant", "loras", "vae", "cut", "dtype", "backend"}
+        for name in typed_options({*decided, *further}) if self.one_folder else ():
+            raise click.UsageError(
+                f"{self.one_folder} is one engine folder, so {name} cannot be honoured: leave it "
+                "out, or give --engine-dir the folder's parent."
+            )
+        if sampling.key_calls and [*typed_options({"stride"})]:
+            raise click.UsageError("--stride means nothing beside --key-calls.")
+        if self.backend == "torch" and [*typed_options({"engine_dir"})]:
+            raise click.UsageError("--engine-dir means nothing with --backend torch.")
 
 
 def strides_option(defaults: Sequence[int]) -> Any:

@@ -1,5 +1,6 @@
 """The ONNX Runtime backend: every tensor stays where torch put it, nothing is copied."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,6 +57,9 @@ class _Session:
         # Threads spin within a run, which is fastest, and stop after it: torch and the other
         # sessions need the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # As other libraries have it, and as Ray tells a worker how many cores are its own.
+        if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+            options.intra_op_num_threads = int(threads)
         self._run_options = onnxruntime.RunOptions()
         providers: list = ["CPUExecutionProvider"]
         if stream:

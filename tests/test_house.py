@@ -16,6 +16,7 @@ BELOW: dict[str, set[str]] = {
     "runtime": {"model", "contract", "export"},
     "train": {"model", "contract", "export", "runtime"},
     "evaluate": {"model", "contract", "export", "runtime"},
+    "serve": {"model", "contract", "export", "runtime"},
 }
 COMMANDS = [
     "encache.export.cli",
@@ -23,6 +24,9 @@ COMMANDS = [
     "encache.runtime.cli",
     "encache.train.cli",
     "encache.evaluate.cli",
+    "encache.evaluate.fit_cli",
+    "encache.serve.batch_cli",
+    "encache.serve.serve_cli",
 ]
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 
@@ -54,6 +58,7 @@ def test_every_module_can_be_imported():
 def test_light_imports(module):
     heavy = ["torch", "diffusers", "transformers", "onnx", "onnxruntime"]
     heavy += ["tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"]
+    heavy += ["ray", "fastapi", "pymoo"]
     done = run_python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -22,6 +22,7 @@ _REMEDIES = {
     errno.EROFS: "choose a place that is not read-only",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EISDIR: "this is a folder; choose a file",
+    errno.EADDRINUSE: "another program listens there; choose another --port",
     errno.EEXIST: "a file of this name is in the way; choose another",
 }
 _OTHER_REMEDY = "check the path and the disk"
