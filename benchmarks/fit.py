@@ -24,8 +24,9 @@ from encache.evaluate.trajectories import Trajectories, split_prompts
 from encache.files import write_json
 from encache.model.checkpoint import default_model, find_checkpoint
 from encache.progress import progress
+from encache.runtime.key_calls import paper_key_calls
 from encache.runtime.pipeline import EncachePipeline
-from encache.runtime.plan import Branches, Plan, make_plan, paper_key_calls
+from encache.runtime.plan import Branches, Plan, make_plan
 from encache.runtime.rules import RULES, plan_of_weights
 from encache.runtime.schedulers import make_scheduler
 from encache.runtime.settings import FULL, Policy

@@ -40,7 +40,7 @@ from encache.model.spec import CUTS, NO_CUT, Cut
 from encache.model.split import Halves
 from encache.model.text import tokenize
 from encache.runtime.blend import Blend
-from encache.runtime.plan import PAPER_KEY_CALLS
+from encache.runtime.key_calls import PAPER_KEY_CALLS
 from encache.train.diffusion import add_noise
 from encache.train.fcr import Form, consistency, mean_square, spread
 

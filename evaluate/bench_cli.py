@@ -152,7 +152,7 @@ class _Session:
         import torch
 
         from encache.evaluate.contenders import Task
-        from encache.runtime.plan import paper_key_calls, strides_within
+        from encache.runtime.key_calls import paper_key_calls, strides_within
         from encache.runtime.settings import Policy
         from encache.runtime.solver import count_calls
 

@@ -241,7 +241,7 @@ class _Comparison:
         from encache.evaluate.rows import plain_at_equal_arithmetic
         from encache.evaluate.settings import Setting, cached_settings, own_setting
         from encache.model.preset import UNSAID
-        from encache.runtime.plan import paper_key_calls, strides_within
+        from encache.runtime.key_calls import paper_key_calls, strides_within
 
         trained_for = {
             label: own_setting(label, model.checkpoint)

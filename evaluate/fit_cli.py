@@ -177,7 +177,7 @@ def _open(
 def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
     """Where the denoiser runs in each of the plans."""
     from encache.evaluate.fitting import spread_key_calls
-    from encache.runtime.plan import paper_key_calls
+    from encache.runtime.key_calls import paper_key_calls
 
     num_calls = fitter.num_calls
     if plans.key_calls:

@@ -18,7 +18,7 @@ from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.optimize import minimize
 
 from encache.evaluate.fitting import spread_key_calls
-from encache.runtime.plan import PAPER_KEY_CALLS
+from encache.runtime.key_calls import PAPER_KEY_CALLS
 
 KeyCalls = tuple[int, ...]
 #: Furthest that a mutation moves a key call.

@@ -12,7 +12,7 @@ from encache.model.spec import DEFAULT_CUT
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
 from encache.runtime.engines import TorchEngines
 from encache.runtime.generation import Cache
-from encache.runtime.plan import NAMED_KEY_CALLS, check_key_calls
+from encache.runtime.key_calls import NAMED_KEY_CALLS, check_key_calls
 from encache.runtime.settings import Policy
 from encache.runtime.standins import CachedControlNet, CachedDenoiser, NoisyScheduler, StandIn
 

@@ -31,12 +31,8 @@ from encache.model.spec import NO_CUT
 from encache.model.split import blend
 from encache.runtime.blend import DEFAULT_STRIDE, Blend, ring_weights, slots_for
 from encache.runtime.engines import Engines, allocate_ring
-from encache.runtime.plan import (
-    calls_within,
-    check_key_calls,
-    named_key_calls,
-    uniform_key_calls,
-)
+from encache.runtime.key_calls import check_key_calls, named_key_calls, uniform_key_calls
+from encache.runtime.plan import calls_within
 from encache.runtime.settings import Policy
 
 

@@ -50,12 +50,14 @@ def cost_of(solver: Scheduler, settings: Settings) -> Cost:
     plan = make_plan(solver, settings.steps, settings.policy)
     decoded = sum(step.stop - step.start for step in plan.steps if isinstance(step, Decode))
     rows = settings.rows
-    return Cost(plan.num_evaluations, plan.num_evaluations * rows, decoded * rows)
+    return Cost(plan.num_evaluations, plan.count_rows(rows), decoded * rows)
 
 
 def stride_of(policy: Policy, plan: Plan) -> int | None:
-    """The distance of a plan's key calls, or None where they are listed."""
-    return None if policy.key_calls else policy.stride or min(DEFAULT_STRIDE, plan.num_calls)
+    """The distance of a plan's key calls, or None where they are listed or fitted."""
+    if policy.key_calls or policy.plan:
+        return None
+    return policy.stride or min(DEFAULT_STRIDE, plan.num_calls)
 
 
 def group(orders: Sequence[Order], most: int) -> list[list[int]]:

@@ -11,12 +11,12 @@ from encache.contract.dtypes import default_dtype
 from encache.contract.library import TENSORRT_BACKENDS
 from encache.contract.manifest import Manifest, read_manifest
 from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, most_rows
-from encache.errors import CheckpointError, PlanError
+from encache.errors import CheckpointError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions, refuse_without_cut
 from encache.model.checkpoint import Checkpoint
 from encache.model.spec import NO_CUT, Cut
 from encache.runtime.options import KeyCalls, SamplingOptions
-from encache.runtime.settings import Settings, resolve
+from encache.runtime.settings import Policy, Settings, resolve
 
 if TYPE_CHECKING:
     from encache.runtime.pipeline import EncachePipeline
@@ -155,15 +155,20 @@ def resolve_run(
         batch_size: most pictures at once; where engines were compiled for fewer, these.
         max_decode_batch: most rows in one run of the decoder.
     """
+    from encache.model.loading import scheduler_from_config
     from encache.runtime.plan import make_plan
     from encache.runtime.schedulers import make_scheduler
 
     refuse_without_cut(opening.cut, "max_decode_batch")
-    solver = opening.scheduler()
+    fitted, model = sampling.fitted(), opening.model
+    preset = fitted.fitted_on.preset if fitted else model.preset
+    solver = scheduler_from_config(preset.scheduler) if fitted else opening.scheduler()
     if sampling.scheduler:
         solver = make_scheduler(sampling.scheduler, solver)
-    model = opening.model
-    settings = resolve(sampling.wished(opening.cut), model.preset, model.guidance_scale)
+    scale = fitted.fitted_on.guidance_scale if fitted else model.guidance_scale
+    settings = resolve(sampling.wished(opening.cut), preset, scale)
+    if fitted:
+        settings = _by_plan(settings, solver, opening, fitted)
     if sampling.key_calls:
         listed = _resolve_key_calls(sampling.key_calls, solver, settings.steps)
         settings = replace(settings, policy=replace(settings.policy, stride=None, key_calls=listed))
@@ -200,14 +205,16 @@ def _most_calls(target: Target | None, backend: str, cut: Cut) -> int | None:
 
 
 def _resolve_key_calls(key_calls: KeyCalls, scheduler: "Scheduler", steps: int) -> tuple[int, ...]:
-    from encache.runtime.plan import paper_key_calls
+    from encache.runtime.key_calls import paper_key_calls
     from encache.runtime.solver import count_calls
 
     return paper_key_calls(count_calls(scheduler, steps)) if key_calls == "paper" else key_calls
 
 
-def use_plan(run: Run, opening: Opening, fitted: "FittedPlan") -> Run:
-    """The same run by a fitted plan; a guidance a little away is warned of.
+def _by_plan(
+    settings: Settings, solver: "Scheduler", opening: Opening, fitted: "FittedPlan"
+) -> Settings:
+    """The same settings with a fitted plan; a guidance a little away is warned of.
 
     Raises:
         PlanError: it was fitted for something else.
@@ -215,18 +222,13 @@ def use_plan(run: Run, opening: Opening, fitted: "FittedPlan") -> Run:
     from encache.runtime.planfile import check_fits
     from encache.runtime.schedulers import full_config
 
-    if opening.cut != NO_CUT:
-        raise PlanError(
-            f"The plan caches the output, not the features at the cut {opening.cut}: leave --cut "
-            "or --plan out."
-        )
     warning = check_fits(
         fitted.fitted_on,
         model=opening.fingerprint,
-        scheduler=full_config(run.solver),
-        steps=run.settings.steps,
-        guidance_scale=run.settings.guidance_scale,
+        scheduler=full_config(solver),
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
     )
     if warning:
         click.echo(warning, err=True)
-    return replace(run, plan=fitted.plan)
+    return replace(settings, policy=Policy(cut=opening.cut, plan=fitted.plan))

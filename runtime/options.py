@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,6 +16,9 @@ from encache.options import option
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.schedulers import SCHEDULERS
 from encache.runtime.settings import DEFAULT_STEPS
+
+if TYPE_CHECKING:
+    from encache.runtime.planfile import FittedPlan
 
 KeyCalls = tuple[int, ...] | Literal["paper"]
 
@@ -75,6 +78,37 @@ class SamplingOptions(SolverOptions):
         help="Inject prior noise as Faster Diffusion does. Default: as the weights want it, or "
         "not.",
     )
+
+    plan_file: Path | None = option(
+        "--plan",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Plans that encache-fit fitted to this model, in place of a stride and a blend.",
+    )
+    quality: float | None = option(
+        type=FiniteFloat(0), help="Of --plan the cheapest plan with so many dB PSNR."
+    )
+    budget: float | None = option(
+        type=FiniteFloat(0, 1),
+        help="Of --plan the best plan for this share of the full sampler's rows.",
+    )
+
+    def fitted(self) -> "FittedPlan | None":
+        """The plan of --plan that --quality and --budget choose.
+
+        Raises:
+            click.UsageError: an option means nothing beside another.
+            PlanError: the file holds no such plan.
+        """
+        if self.plan_file is None:
+            for name in typed_options({"quality", "budget"}):
+                raise click.UsageError(f"{name} chooses from the plans of --plan: give that too.")
+            return None
+        for name in typed_options({"stride", "key_calls", "blend", "prior_noise"}):
+            raise click.UsageError(f"{name} means nothing beside --plan, which says it all.")
+        from encache.runtime.planfile import choose_plan, read_plans
+
+        plans = read_plans(self.plan_file)
+        return choose_plan(plans, quality=self.quality, budget=self.budget)
 
     def wished(self, cut: Cut) -> Preset:
         """What is said, apart from key calls, which depend on the scheduler's number of calls."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -126,6 +127,7 @@ class EncachePipeline(HonestAttributes, FromPretrained):
         key_calls: Sequence[int] | None = None,
         blend: Blend | None = None,
         prior_noise: bool | None = None,
+        plan: Plan | None = None,
         max_decode_batch: int | None = None,
         **of_xl: Any,
     ) -> Any:
@@ -154,6 +156,8 @@ class EncachePipeline(HonestAttributes, FromPretrained):
             callback_on_step_end_tensor_inputs: only "latents" exists here.
             stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`. By default
                 the model's own, or every third call and straight lines through the last two.
+            plan: fitted to this model, its solver and its steps, in place of all these; see
+                `encache.runtime.planfile`.
             max_decode_batch: most rows (calls x images x guidance) in one decoder run; where memory
                 runs short, runs are split further.
             of_xl: what diffusers' Stable Diffusion XL takes besides; see `XLArguments`.
@@ -186,6 +190,10 @@ class EncachePipeline(HonestAttributes, FromPretrained):
             cut=self.engines.cut,
         )
         settings = resolve(wished, self.preset, self.default_guidance_scale)
+        if plan:
+            if stride is not None or key_calls is not None:
+                raise EncacheError("Give a plan, or a stride or key calls, not both.")
+            settings = replace(settings, policy=replace(settings.policy, plan=plan))
         if not (math.isfinite(settings.guidance_scale) and math.isfinite(guidance_rescale)):
             raise EncacheError("guidance_scale and guidance_rescale must be finite numbers.")
         texts = encode_prompts(
@@ -210,7 +218,7 @@ class EncachePipeline(HonestAttributes, FromPretrained):
             size = self.latent_size(height, width)
             noise = draw_noise(self, num_images, size, generator, latents)
         conditions = self.complete(texts, xl, noise)
-        plan = self._plan(settings, noise, rows, max_decode_batch)
+        plan = self._plan(settings, noise, rows, num_guided, max_decode_batch)
         guidance = Guidance(settings.guidance_scale if num_guided > 1 else None, guidance_rescale)
         with explaining_want_of_memory(too_many_rows(rows)):
             latents = self._sample(plan, noise, conditions, guidance, callback_on_step_end)
@@ -239,20 +247,28 @@ class EncachePipeline(HonestAttributes, FromPretrained):
         return {name: one.to(self.engines.device, known[name]) for name, one in conditions.items()}
 
     def _plan(
-        self, settings: Settings, noise: Tensor, rows: int, max_decode_batch: int | None
+        self,
+        settings: Settings,
+        noise: Tensor,
+        rows: int,
+        num_guided: int,
+        max_decode_batch: int | None,
     ) -> Plan:
         """What is run, as far as the engines take it."""
         if target := self.engines.target:
             height, width = (side * self.spec.downscale for side in noise.shape[-2:])
             target.refuse_beyond(rows=rows, height=height, width=width)
             max_decode_batch = most_rows(target.decode_calls, rows, max_decode_batch)
-        return make_plan(
+        plan = make_plan(
             self.scheduler,
             settings.steps,
             settings.policy,
             max_decode_batch=max_decode_batch,
             rows_per_call=rows,
         )
+        if target and plan.runs_one_branch:
+            target.refuse_beyond(rows=rows // num_guided)
+        return plan
 
     def _sample(
         self,

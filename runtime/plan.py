@@ -14,22 +14,17 @@ from torch import Tensor
 from encache.errors import PlanError
 from encache.model.spec import NO_CUT
 from encache.runtime.blend import BLENDS, DEFAULT_STRIDE, Blend, ring_weights, slots_for
+from encache.runtime.key_calls import check_key_calls, uniform_key_calls
 from encache.runtime.schedulers import full_config
 from encache.runtime.settings import FULL, Policy
-from encache.runtime.solver import PRIOR_NOISE, Columns, Scheduler, SolverTable, probe_solver
-
-#: The key calls of Faster Diffusion (arXiv 2312.09608, section 4) by number of calls.
-PAPER_KEY_CALLS: dict[int, tuple[int, ...]] = {
-    50: (0, 1, 2, 3, 5, 10, 15, 25, 35),
-    20: (0, 1, 2, 3, 5, 10, 15),
-}
-#: Published key calls by name, then by number of calls: the paper's, and those that its authors'
-#: code has for the two stages of DeepFloyd-IF.
-NAMED_KEY_CALLS: dict[str, dict[int, tuple[int, ...]]] = {
-    "paper": PAPER_KEY_CALLS,
-    "if-1": {100: (*range(10), *range(10, 86, 5), *range(86, 100))},
-    "if-2": {50: (*range(20), *range(20, 41, 2), *range(41, 50))},
-}
+from encache.runtime.solver import (
+    PRIOR_NOISE,
+    Columns,
+    Scheduler,
+    SolverTable,
+    count_calls,
+    probe_solver,
+)
 
 Row = tuple[float, ...]
 
@@ -111,6 +106,11 @@ class Plan:
         """Runs of the denoiser, or of its encoder where it is cut, per image."""
         return sum(isinstance(step, Evaluate) for step in self.steps)
 
+    @property
+    def runs_one_branch(self) -> bool:
+        """Whether an evaluation leaves guidance out, and so has fewer rows."""
+        return any(getattr(step, "branches", "guided") == "conditional" for step in self.steps)
+
     def count_rows(self, num_guided: int) -> int:
         """Rows of the denoiser, or of its encoder, per image; G of them per evaluation or one."""
         steps = (step for step in self.steps if isinstance(step, Evaluate))
@@ -161,55 +161,6 @@ def _said(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if (name, value) != ("branches", "guided")}
 
 
-def uniform_key_calls(stride: int, num_calls: int) -> tuple[int, ...]:
-    """Every `stride`-th call: (0, stride, 2 stride, ...)."""
-    if not 1 <= stride <= num_calls:
-        raise PlanError(
-            f"The stride must be between 1 (the full sampler) and the {num_calls} calls, "
-            f"not {stride}."
-        )
-    return tuple(range(0, num_calls, stride))
-
-
-def strides_within(strides: Sequence[int], num_calls: int) -> tuple[int, ...]:
-    """Those of some default strides that so many calls allow, or the longest one if none."""
-    return tuple(stride for stride in strides if stride <= num_calls) or (num_calls,)
-
-
-def paper_key_calls(num_calls: int) -> tuple[int, ...]:
-    """The key calls that Faster Diffusion publishes for this number of calls."""
-    return named_key_calls("paper", num_calls)
-
-
-def named_key_calls(name: str, num_calls: int) -> tuple[int, ...]:
-    """The key calls that are published under a name for this number of calls."""
-    if name not in NAMED_KEY_CALLS:
-        raise PlanError(
-            f"There are no key calls {name!r}. Choose one of {', '.join(NAMED_KEY_CALLS)}."
-        )
-    lists = NAMED_KEY_CALLS[name]
-    if num_calls not in lists:
-        known = " and ".join(map(str, lists))
-        source = "The paper" if name == "paper" else f"{name!r}"
-        raise PlanError(
-            f"{source} gives key calls for {known} calls, not for {num_calls}. Use a stride, or "
-            "list the key calls."
-        )
-    return lists[num_calls]
-
-
-def check_key_calls(key_calls: Sequence[int], num_calls: int) -> tuple[int, ...]:
-    """Return the key calls, or raise PlanError unless they rise from 0 within the calls."""
-    calls = tuple(key_calls)
-    if not calls or calls[0] != 0:
-        raise PlanError(f"Key calls must start at 0: there is nothing to reuse yet, got {calls}.")
-    if any(later <= earlier for earlier, later in pairwise(calls)):
-        raise PlanError(f"Key calls must rise without repeats, got {calls}.")
-    if calls[-1] >= num_calls:
-        raise PlanError(f"Key call {calls[-1]} is beyond the last of {num_calls} calls.")
-    return calls
-
-
 def make_plan(
     scheduler: Scheduler,
     num_steps: int,
@@ -230,12 +181,29 @@ def make_plan(
     Raises:
         PlanError: the numbers do not fit together.
     """
+    if policy.plan:
+        return _checked(policy.plan, count_calls(scheduler, num_steps), policy.cut)
     if policy.blend not in BLENDS:
         raise PlanError(f"There is no blend {policy.blend!r}. Choose one of {', '.join(BLENDS)}.")
     config = json.dumps(full_config(scheduler))
     whole = policy.cut == NO_CUT
     most_calls = None if whole else calls_within(max_decode_batch, rows_per_call)
     return _make_plan(type(scheduler), config, num_steps, policy, most_calls)
+
+
+def _checked(plan: Plan, num_calls: int, cut: str) -> Plan:
+    """A fitted plan, as far as it fits a run."""
+    if cut != NO_CUT:
+        raise PlanError(
+            f"The plan caches the output, not the features at the cut {cut}: leave the cut or the "
+            "plan out."
+        )
+    if plan.num_calls != num_calls:
+        raise PlanError(
+            f"The plan is one of {plan.num_calls} calls, and the solver makes {num_calls}: sample "
+            "with the steps and the solver that it was fitted for."
+        )
+    return plan
 
 
 def calls_within(max_decode_batch: int | None, rows_per_call: int) -> int | None:

@@ -9,7 +9,8 @@ from math import factorial
 
 import torch
 
-from encache.runtime.plan import Evaluate, Plan, Row, check_key_calls
+from encache.runtime.key_calls import check_key_calls
+from encache.runtime.plan import Evaluate, Plan, Row
 from encache.runtime.solver import Columns, Scheduler, probe_solver
 
 #: Weights of the predictions at key calls up to a call, for that call, of so many calls.

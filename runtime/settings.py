@@ -1,11 +1,14 @@
 """How a run is sampled, once everybody was asked: the caller, the model, then encache itself."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from encache.model.preset import Preset
 from encache.model.spec import DEFAULT_CUT, Cut, rows_per_picture
 from encache.runtime.blend import DEFAULT_BLEND, Blend
+
+if TYPE_CHECKING:
+    from encache.runtime.plan import Plan
 
 #: Of a model that does not name its own, as in diffusers.
 DEFAULT_STEPS = 50
@@ -22,6 +25,7 @@ class Policy:
         blend: see `encache.runtime.blend`.
         prior_noise: inject z as Faster Diffusion does.
         cut: what is cached: features at a cut, or at "none" the output.
+        plan: that was fitted to the model; then nothing else here but the cut counts.
     """
 
     stride: int | None = None
@@ -29,6 +33,7 @@ class Policy:
     blend: Blend = DEFAULT_BLEND
     prior_noise: bool = False
     cut: Cut = DEFAULT_CUT
+    plan: "Plan | None" = None
 
     @property
     def arguments(self) -> dict[str, Any]:

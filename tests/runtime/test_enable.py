@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import encache
 from encache.errors import EncacheError
 from encache.runtime.generation import place_of
+from encache.runtime.key_calls import NAMED_KEY_CALLS
 from encache.runtime.pipeline import EncachePipeline
-from encache.runtime.plan import NAMED_KEY_CALLS
 from tests.conftest import make_pipeline, make_xl_pipeline, stable_diffusion_scheduler, tiny_unet
 from tests.families import picture, similar, tiny_controlnet
 from tests.runtime.propagation import calls_from, counting, propagation, unet_children

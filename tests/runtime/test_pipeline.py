@@ -14,8 +14,9 @@ from encache.model.spec import CUTS
 from encache.runtime.blend import BLENDS
 from encache.runtime.engines import TorchEngines
 from encache.runtime.guidance import make_guide
+from encache.runtime.key_calls import PAPER_KEY_CALLS
 from encache.runtime.pipeline import EncachePipeline
-from encache.runtime.plan import PAPER_KEY_CALLS, make_plan
+from encache.runtime.plan import make_plan
 from encache.runtime.sampler import Sampling
 from encache.runtime.settings import Policy
 from tests.conftest import (

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 
 from encache.errors import PlanError
 from encache.runtime.blend import BLENDS, lagrange_weights
-from encache.runtime.plan import (
+from encache.runtime.key_calls import (
     PAPER_KEY_CALLS,
-    Decode,
-    Evaluate,
     check_key_calls,
-    make_plan,
     paper_key_calls,
     uniform_key_calls,
 )
+from encache.runtime.plan import Decode, Evaluate, make_plan
 from encache.runtime.settings import FULL, Policy
 from encache.runtime.solver import probe_solver
 from tests.runtime.solvers import NAMES, solver

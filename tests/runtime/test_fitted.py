@@ -1,0 +1,118 @@
+"""encache-run --plan: a plan from a file draws as its numbers say, and only where it fits."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from encache.errors import EncacheError, PlanError
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import read_outline
+from encache.runtime.cli import main
+from encache.runtime.images import read_metadata
+from encache.runtime.pipeline import EncachePipeline
+from encache.runtime.plan import make_plan
+from encache.runtime.planfile import FittedOn, FittedPlan, Measured, write_plans
+from encache.runtime.schedulers import full_config
+from encache.runtime.settings import Policy
+from tests.conftest import make_pipeline
+
+
+@pytest.fixture
+def plans(model_folder, tmp_path):
+    """Two plans that are the rule itself, at strides 2 and 5."""
+    checkpoint = find_checkpoint(model_folder)
+    scheduler = read_outline(checkpoint).scheduler
+    on = FittedOn(
+        model=checkpoint.fingerprint,
+        scheduler=json.dumps(full_config(scheduler)),
+        steps=10,
+        guidance_scale=3.0,
+        prompts="0" * 64,
+        num_pictures=1,
+    )
+    path = tmp_path / "plans.json"
+    write_plans(
+        path,
+        [
+            FittedPlan(
+                make_plan(scheduler, 10, Policy(stride)),
+                on,
+                Measured(1, error, (0.0, 1.0), 1.0, db),
+            )
+            for stride, error, db in ((2, 0.1, 40.0), (5, 0.2, 20.0))
+        ],
+    )
+    return path
+
+
+@pytest.fixture
+def run(model_folder, engine_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        places = ("--ckpt", model_folder, "--engine-dir", engine_folder.parent, "--prompt", "x")
+        return CliRunner().invoke(main, [*map(str, (*places, *arguments))])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("chosen", "stride"),
+    [((), 2), (("--quality", "30"), 2), (("--quality", "10"), 5), (("--budget", "0.3"), 5)],
+)
+def test_a_plan_of_the_file_draws_its_own_picture(run, plans, tmp_path, chosen, stride):
+    by_plan = run("--plan", plans, *chosen, "--output", "a.png")
+    assert by_plan.exit_code == 0, by_plan.output
+    rule = ("--stride", stride, "--steps", 10, "--guidance-scale", 3)
+    assert run(*rule, "--output", "b.png").exit_code == 0
+    ours, theirs = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert ours.tobytes() == theirs.tobytes()
+    said = read_metadata(tmp_path / "a.png")
+    assert said["stride"] is None
+    assert said["num_inference_steps"] == 10
+    assert len(said["plan"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", 20), "10 steps, not 20"),
+        (("--scheduler", "euler"), "another solver"),
+        (("--guidance-scale", 1), "guidance 3, not 1"),
+        (("--stride", 5), "--stride means nothing beside --plan"),
+        (("--blend", "reuse"), "--blend means nothing beside --plan"),
+        (("--quality", 60), "No plan in the file is that good"),
+        (("--cut", "up2"), "caches the output"),
+    ],
+)
+def test_where_it_does_not_fit_it_is_refused(run, plans, arguments, words):
+    result = run("--plan", plans, *arguments)
+    assert result.exit_code in (1, 2)
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_guidance_is_warned_of_and_drawn(run, plans):
+    result = run("--plan", plans, "--guidance-scale", 5)
+    assert result.exit_code == 0, result.output
+    assert "fitted for guidance 3" in result.stderr
+
+
+def test_what_chooses_needs_plans(run):
+    assert "--budget chooses from the plans of --plan" in run("--budget", 0.5).stderr
+
+
+def test_in_python():
+    ours = EncachePipeline.from_pipe(make_pipeline())
+    call = {"num_inference_steps": 6, "output_type": "latent"}
+    noise = torch.randn(1, 4, 8, 8)
+    plan = make_plan(ours.scheduler, 6, Policy(3))
+    expected = ours("x", stride=3, latents=noise, **call).images
+    assert torch.equal(ours("x", plan=plan, latents=noise, **call).images, expected)
+    with pytest.raises(EncacheError, match="not both"):
+        ours("x", plan=plan, stride=3, latents=noise, **call)
+    with pytest.raises(PlanError, match="one of 6 calls, and the solver makes 7"):
+        ours("x", plan=plan, latents=noise, num_inference_steps=7)
