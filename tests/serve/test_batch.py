@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -287,6 +289,28 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run(batch, tmp_path, monkeypatc
 )
 def test_what_each_worker_gets(address, wanted, total, expected):
     assert Cluster(address, *wanted).resources(total) == expected
+
+
+def test_what_ray_says_is_one_sentence(batch, tmp_path, monkeypatch):
+    class RayError(Exception):
+        pass
+
+    def fail(error, **_):
+        raise error
+
+    altered = partial(fail, RayError("Traceback\n  File x\nEngineError: it was altered"))
+    ray = SimpleNamespace(
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        cluster_resources=altered,
+        exceptions=SimpleNamespace(RayError=RayError),
+    )
+    monkeypatch.setattr("encache.serve.bulk._import_ray", lambda: ray)
+    prompts = write_prompts(tmp_path / "list.txt", 1)
+    assert "EngineError: it was altered" in batch(prompts, "--workers", 2, code=1).stderr
+    ray.init = partial(fail, ConnectionError("nobody answers"))
+    refused = batch(prompts, "--ray-address", "auto", code=1).stderr
+    assert "no Ray cluster at auto: nobody answers" in refused
 
 
 def test_a_worker_keeps_to_its_cores(engine_folder, monkeypatch):
