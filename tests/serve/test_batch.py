@@ -1,5 +1,6 @@
 """`encache-batch` against `encache-run`'s pictures, and against itself when it was stopped."""
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 
 from encache.contract.manifest import read_manifest
 from encache.errors import EncacheError
+from encache.files import write_new
 from encache.runtime.cli import main as encache_run
 from encache.runtime.images import read_metadata
 from encache.runtime.jobs import Job
@@ -184,6 +186,24 @@ def test_a_stop_between_picture_and_record(batch, tmp_path):
     batch(prompts, "--batch-size", 2)
     assert content_of(tmp_path / "pictures") == whole
     assert not (tmp_path / "pictures" / ".metadata.jsonl.123").exists()
+
+
+def test_a_full_disk(batch, tmp_path, monkeypatch):
+    prompts = write_prompts(tmp_path / "list.txt", 5)
+    batch(prompts, "--batch-size", 2, "--output", "whole")
+    written = []
+
+    def write(path, content):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        write_new(path, content)
+
+    with monkeypatch.context() as full:
+        full.setattr("encache.serve.outputs.write_new", write)
+        assert "free some space" in batch(prompts, "--batch-size", 2, code=1).stderr
+    batch(prompts, "--batch-size", 2)
+    assert content_of(tmp_path / "pictures") == content_of(tmp_path / "whole")
 
 
 def test_a_longer_list_draws_what_is_new(batch, tmp_path):
