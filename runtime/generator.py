@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from encache import __version__
@@ -60,6 +61,12 @@ def stride_of(policy: Policy, plan: Plan) -> int | None:
     return policy.stride or min(DEFAULT_STRIDE, plan.num_calls)
 
 
+def _describe(solver: Scheduler, settings: Settings) -> dict[str, Any]:
+    plan = make_plan(solver, settings.steps, settings.policy)
+    stride = stride_of(settings.policy, plan)
+    return {**settings.arguments, "stride": stride, "plan": plan.hash()}
+
+
 def group(orders: Sequence[Order], most: int) -> list[list[int]]:
     """The orders' places in batches: of equal plan and size, and at most so many."""
     batches: dict[object, list[list[int]]] = {}
@@ -91,6 +98,8 @@ class Generator:
         self.pipeline = opening.open(run, size)
         self.pipeline.scheduler = run.solver
         self._run = run
+        # A plan's hash takes as long as some pictures do.
+        self._describe_settings = lru_cache(maxsize=128)(partial(_describe, run.solver))
         self._origin = {
             "max_decode_batch": max_decode_batch,
             "scheduler": full_config(run.solver),
@@ -115,18 +124,9 @@ class Generator:
 
     def describe(self, order: Order) -> dict[str, Any]:
         """A picture's metadata: what decides it, not how it is batched."""
-        settings, policy = order.settings, order.settings.policy
-        plan = make_plan(self._run.solver, settings.steps, policy)
         height, width = self._size(order.job)
-        return {
-            **asdict(order.job),
-            "height": height,
-            "width": width,
-            **settings.arguments,
-            "stride": stride_of(policy, plan),
-            "plan": plan.hash(),
-            **self._origin,
-        }
+        own = {**asdict(order.job), "height": height, "width": width}
+        return {**own, **self._describe_settings(order.settings), **self._origin}
 
     def __call__(self, orders: Sequence[Order]) -> Iterator[tuple[int, "Image"]]:
         """Each order's place and its picture, as soon as its batch is drawn.

@@ -1,5 +1,6 @@
 """Bulk work: batches that depend on the list alone, drawn here or by Ray's workers."""
 
+import logging
 import os
 import pickle
 from collections import abc
@@ -157,22 +158,28 @@ def draw_with_ray(recipe: Recipe, cluster: Cluster, batches: Sequence[Batch]) ->
         ]
         blocks = max(workers, len(work) // _BATCHES_AT_ONCE)
         drawn = ray.data.from_items(work, override_num_blocks=min(len(work), blocks)).map(
-            Worker, fn_constructor_args=(recipe,), concurrency=workers, **resources
+            Worker,
+            fn_constructor_args=(recipe,),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            **resources,
         )
         for one in drawn.iter_rows():
             if one["error"]:
                 raise EncacheError(one["error"])
             yield one["place"], list(one["pictures"])
+    except ray.exceptions.RayError as error:  # whose last line is a worker's own error
+        raise EncacheError(f"Ray's workers failed: {str(error).splitlines()[-1]}") from error
     finally:
         ray.shutdown()
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
     try:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
         raise EncacheError('Several workers need Ray: pip install ".[ray]".') from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray

@@ -1,12 +1,15 @@
 """`encache-batch` against `encache-run`'s pictures, and against itself when it was stopped."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +18,7 @@ from PIL import Image
 
 from encache.contract.manifest import read_manifest
 from encache.errors import EncacheError
+from encache.files import write_new
 from encache.runtime.cli import main as encache_run
 from encache.runtime.images import read_metadata
 from encache.runtime.jobs import Job
@@ -184,6 +188,24 @@ def test_a_stop_between_picture_and_record(batch, tmp_path):
     assert not (tmp_path / "pictures" / ".metadata.jsonl.123").exists()
 
 
+def test_a_full_disk(batch, tmp_path, monkeypatch):
+    prompts = write_prompts(tmp_path / "list.txt", 5)
+    batch(prompts, "--batch-size", 2, "--output", "whole")
+    written = []
+
+    def write(path, content):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        write_new(path, content)
+
+    with monkeypatch.context() as full:
+        full.setattr("encache.serve.outputs.write_new", write)
+        assert "free some space" in batch(prompts, "--batch-size", 2, code=1).stderr
+    batch(prompts, "--batch-size", 2)
+    assert content_of(tmp_path / "pictures") == content_of(tmp_path / "whole")
+
+
 def test_a_longer_list_draws_what_is_new(batch, tmp_path):
     prompts = write_prompts(tmp_path / "list.txt", 3)
     batch(prompts)
@@ -287,6 +309,28 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run(batch, tmp_path, monkeypatc
 )
 def test_what_each_worker_gets(address, wanted, total, expected):
     assert Cluster(address, *wanted).resources(total) == expected
+
+
+def test_what_ray_says_is_one_sentence(batch, tmp_path, monkeypatch):
+    class RayError(Exception):
+        pass
+
+    def fail(error, **_):
+        raise error
+
+    altered = partial(fail, RayError("Traceback\n  File x\nEngineError: it was altered"))
+    ray = SimpleNamespace(
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        cluster_resources=altered,
+        exceptions=SimpleNamespace(RayError=RayError),
+    )
+    monkeypatch.setattr("encache.serve.bulk._import_ray", lambda: ray)
+    prompts = write_prompts(tmp_path / "list.txt", 1)
+    assert "EngineError: it was altered" in batch(prompts, "--workers", 2, code=1).stderr
+    ray.init = partial(fail, ConnectionError("nobody answers"))
+    refused = batch(prompts, "--ray-address", "auto", code=1).stderr
+    assert "no Ray cluster at auto: nobody answers" in refused
 
 
 def test_a_worker_keeps_to_its_cores(engine_folder, monkeypatch):
