@@ -2,15 +2,15 @@
 
 Run, in an empty folder, with the tiny test model in place of every `path/to/...`, of NAME-KEY and
 of the default model:
-    encache-run      all but those that compile for TensorRT, take a LoRA, or draw with weights
-                     that encache-train or --fast gives; --compare with one seed instead of five
+    encache-run      all but those that compile for TensorRT, take a LoRA or a fitted plan, or draw
+                     with weights that encache-train or --fast gives; --compare with one seed instead of five
     encache-export   those whose engines the tests have built already: they say so
     encache-eval     with --dry-run, which opens the models and lists what would be drawn
     python blocks    all
 
 Only parsed, by the command itself, with its body replaced, so that a wrong option, a wrong value
 or a missing file fails:
-    encache-train, encache-bench, and the other lines of encache-run and encache-export
+    all other commands, and the other lines of encache-run and encache-export
 
 Only looked at:
     pip, uv          every extra that they name is in pyproject.toml, every file is there
@@ -118,6 +118,8 @@ def terminal(tmp_path_factory, model_folder, engine_folder):
     tuned = save_tuned(other, model_folder, ONE_SEGMENT).weights
     for name in TUNED:
         link(folder / name, tuned)
+    for name in ("plans.json", "prompts.csv", "prompts.parquet", "token.txt"):
+        (folder / name).write_text("a file that only has to be there")
     (folder / "path/to/pictures").mkdir()
     (folder / "val2014").mkdir()
     (folder / "prompts.txt").write_text("a red apple\na green pear\n")
@@ -153,7 +155,7 @@ def parse(command, arguments, monkeypatch):
 def type_command(name, arguments, monkeypatch):
     """Run or parse one of encache's commands; see the module."""
     command, text = console_command(name), " ".join(arguments)
-    heavy = ("tensorrt", "--lora", "--fast", ".safetensors", "--variant")
+    heavy = ("tensorrt", "--lora", "--fast", "--plan", ".safetensors", "--variant")
     if name == "encache-eval":
         assert call(command, [*arguments, "--dry-run"]).stdout.splitlines()
     elif name == "encache-run" and not any(word in text for word in heavy):
