@@ -49,10 +49,11 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Its graphs in fp16 by name, each in a folder of its own, whole and cut at up2."""
+    """Its whole denoiser, the decoder behind up2 and the image decoder in fp16, by name."""
     pipeline = make_pipeline(**WIDE).to(torch.float16)
+    whole, _, picture = pipeline_graphs(pipeline, "none")
     paths = {}
-    for graph in (*pipeline_graphs(pipeline, "none"), *pipeline_graphs(pipeline, "up2")[:2]):
+    for graph in (whole, picture, pipeline_graphs(pipeline, "up2")[1]):
         folder = tmp_path_factory.mktemp(graph.spec.name)
         paths[graph.spec.name] = write_onnx(graph, folder, SIZES), graph
     return paths
@@ -122,21 +123,22 @@ def test_maxima_are_those_of_all_calls(drawn):
     assert halves["unet_decoder"].layers[last].maxima >= layers[last].maxima
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("cut", ["none", "up2"])
-def test_all_that_is_meant_to_compiles_in_8_bits(drawn, exported, tmp_path, dtype, cut):
-    for name, observed in observe(drawn, cut, dtype).items():
-        path, graph = exported[name]
-        (tmp_path / name).mkdir()
-        copy = copy_of(path, tmp_path / name)
-        quantized = quantize(copy, observed, choose_kept(observed, 0.0, True), dtype)
-        for one in onnx.load(copy).graph.initializer:
-            assert not one.name.endswith(("/scale", "/zero")) or not one.dims
-        error = measure_error(graph, copy, observed.samples)
-        assert error == pytest.approx(expected_error(observed, quantized.kept), rel=0.5)
-        judged = quantized.judge(compile_(copy, graph).layers)
-        assert not judged.fallen_back
-        assert judged.share > 0.9
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("unet", "int8"), ("unet", "fp8"), ("unet_decoder", "int8"), ("vae_decoder", "int8")],
+)
+def test_all_that_is_meant_to_compiles_in_8_bits(drawn, exported, tmp_path, name, dtype):
+    path, graph = exported[name]
+    observed = observe(drawn, "up2" if name == "unet_decoder" else "none", dtype)[name]
+    copy = copy_of(path, tmp_path)
+    quantized = quantize(copy, observed, choose_kept(observed, 0.0, True), dtype)
+    for one in onnx.load(copy).graph.initializer:
+        assert not one.name.endswith(("/scale", "/zero")) or not one.dims
+    error = measure_error(graph, copy, observed.samples)
+    assert error == pytest.approx(expected_error(observed, quantized.kept), rel=0.5)
+    judged = quantized.judge(compile_(copy, graph).layers)
+    assert not judged.fallen_back
+    assert judged.share > 0.9
 
 
 def test_a_scale_with_a_dimension_is_noticed(drawn, exported, tmp_path):
