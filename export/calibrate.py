@@ -7,6 +7,7 @@ J = dy/dd and random v of unit variance, ||J d||^2 = E (v . J d)^2 (Hutchinson, 
 backward pass measures all layers at once.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from encache.contract.calibration import Calibration
 from encache.export.graphs import Graph, Tensors, pipeline_graphs
@@ -39,8 +40,7 @@ class Layer:
     Attributes:
         maxima: largest magnitude of its input, or of attention's query, key and value.
         flop: of one run.
-        error: squared relative error of the graph's outputs if it alone computes in 8 bits; of
-            attention 0, which is not asked.
+        error: squared relative error of the graph's outputs if it alone computes in 8 bits.
     """
 
     maxima: tuple[float, ...]
@@ -198,9 +198,10 @@ def _observe(graph: Graph, inputs: Sequence[Tensors], notes: _Notes, dtype: str)
     blocks: list[Any] = [one for one in names if getattr(one, "to_q", None) in seen]
     attention = {
         names[block]: Layer(
-            tuple(notes[part].output_maximum for part in (block.to_q, block.to_k, block.to_v)),
+            tuple(notes[one].output_maximum for one in _parts(block)),
             # Queries with keys, and weights with values.
             4.0 * prod(seen[block.to_q].output) * seen[block.to_k].output[1],
+            errors[block],
         )
         for block in blocks
     }
@@ -222,10 +223,21 @@ def _outputs(graph: Graph, inputs: Tensors) -> tuple[Tensor, ...]:
 
 def _measure_errors(
     graph: Graph, samples: Sequence[Sample], notes: _Notes, dtype: str
-) -> dict[nn.Module, float]:
+) -> defaultdict[nn.Module, float]:
     """By layer, the mean over samples of its squared relative error; see above."""
-    errors = dict.fromkeys(notes, 0.0)
+    errors: defaultdict[nn.Module, float] = defaultdict(float)
     weights: dict[nn.Module, Tensor] = {}
+    attentions: list[Any] = [one for one in graph.module.modules() if hasattr(one, "to_q")]
+    blocks = {one.to_out[0]: one for one in attentions}
+    given: dict[nn.Module, Tensor] = {}
+
+    def watch(layer: nn.Module, tensor: Tensor, changed: Tensor) -> None:
+        def project(gradient: Tensor) -> None:
+            rows = (gradient * changed).flatten(1).sum(1)
+            errors[layer] += rows.square().sum().item() / len(samples)
+
+        if tensor.requires_grad:
+            tensor.register_hook(project)
 
     def change(module: Any, arguments: tuple[Tensor], output: Tensor) -> None:
         with torch.no_grad():
@@ -233,14 +245,15 @@ def _measure_errors(
                 weight = module.weight
                 weights[module] = round_to(weight, weight.abs().max().item(), dtype)
             rounded = round_to(arguments[0], notes[module].maximum, dtype)
-            changed = _compute(module, rounded, weights[module]) - output
-
-        def project(gradient: Tensor) -> None:
-            rows = (gradient * changed).flatten(1).sum(1)
-            errors[module] += rows.square().sum().item() / len(samples)
-
-        if output.requires_grad:
-            output.register_hook(project)
+            watch(module, output, _compute(module, rounded, weights[module]) - output)
+            given[module] = output.detach()
+            if block := blocks.get(module):
+                parts = _parts(block)
+                exact = [given[one] for one in parts]
+                fp8 = [round_to(given[one], notes[one].output_maximum, "fp8") for one in parts]
+                changed = _attend(fp8, block.heads) - _attend(exact, block.heads)
+                watch(block, arguments[0], changed)
+                given.clear()
 
     generator = torch.Generator().manual_seed(0)
     graph.module.requires_grad_(False)
@@ -257,6 +270,19 @@ def _measure_errors(
                 total = total.to(one.device) + (output * vector).sum() / scale
             total.backward()
     return errors
+
+
+def _parts(attention: Any) -> tuple[nn.Module, ...]:
+    return attention.to_q, attention.to_k, attention.to_v
+
+
+def _attend(given: Sequence[Tensor], heads: int) -> Tensor:
+    """Attention of query, key and value [B, L, heads * D], like the query.
+
+    What FP8 does to the weights is left out: written out, they would fill the memory.
+    """
+    query, key, value = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in given)
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def round_to(x: Tensor, maximum: float, dtype: str) -> Tensor:

@@ -184,8 +184,8 @@ class FromPretrained:
             report: receives a line for each part that is built.
         """
         cut, dtype = cut or checkpoint.cut, dtype or dtypes.default_dtype(backend)
+        dtypes.refuse_dtype(backend, dtype)
         if backend == "torch":
-            dtypes.refuse_dtype(backend, dtype)
             return cls._from_torch(checkpoint, cut, dtype)
         if backend in TENSORRT_BACKENDS and target is None:
             target = make_target(checkpoint, backend, cut)
