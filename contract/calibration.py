@@ -32,7 +32,7 @@ class Calibration:
     prompts: tuple[str, ...]
     steps: int
     samples: int = 24
-    kept_share: float = 0.1
+    kept_share: float = 0.15
 
 
 @dataclass(frozen=True)

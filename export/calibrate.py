@@ -206,6 +206,8 @@ def _observe(graph: Graph, inputs: Sequence[Tensors], notes: _Notes, dtype: str)
         for block in blocks
     }
     flop = sum(one.flop for one in (*layers.values(), *attention.values()))
+    if graph.spec.name == "vae_decoder":  # its only head is too wide
+        blocks = []
     fused = {names[block]: attention[names[block]] for block in blocks if _fuses(block, seen)}
     return Observed({**layers, **fused}, flop, samples)
 

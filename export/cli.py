@@ -109,6 +109,7 @@ def main(
     Examples:
       encache-export --ckpt fcr.safetensors --base path/to/stable-diffusion
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
+      encache-export --backend tensorrt-rtx --gpu rtx-4090 --dtype int8
     """
     checkpoint = model.find()
     cut, target = engine.cut or checkpoint.cut, None
@@ -117,7 +118,7 @@ def main(
     else:
         for name in typed_options({one.name for one in fields(_CompileOptions)}):
             raise click.UsageError(
-                f"{name} means nothing without TensorRT: ONNX Runtime takes any size, anywhere."
+                f"{name} means nothing without TensorRT: ONNX graphs take any size, anywhere."
             )
     dtype, calibration = engine.dtype or default_dtype(backend), None
     refuse_dtype(backend, dtype)

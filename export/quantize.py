@@ -51,7 +51,7 @@ class Quantized:
     def judge(self, layers: Sequence[CompiledLayer]) -> EightBits:
         """What of it the compiled layers really do."""
         eight = [one.name for one in layers if one.datatype in _COMPILED]
-        names = {part for name in eight for part in re.sub(r"_myl\d+_\d+$", "", name).split("+")}
+        names = {part for name in eight for part in self._nodes_of(name)}
         fused = sum(bool(_ATTENTION.match(name)) for name in eight)
         flop, fallen_back = 0.0, []
         for node, path in self.nodes.items():
@@ -68,6 +68,11 @@ class Quantized:
         maxima = {name: max(one.maxima) for name, one in self.observed.layers.items()}
         share = flop / self.observed.flop
         return EightBits(share, self.kept, tuple(fallen_back), maxima)
+
+    def _nodes_of(self, layer: str) -> Iterator[str]:
+        """Nodes in a compiled layer, such as "node_a+node_b_myl0_7"; some are numbered again."""
+        for part in re.sub(r"_myl\d+_\d+$", "", layer).split("+"):
+            yield part if part in self.nodes else re.sub(r"_\d+$", "", part)
 
 
 def choose_kept(observed: Observed, share: float, fp8: bool) -> frozenset[str]:

@@ -180,7 +180,8 @@ class Compiler:
             if layer.type == kinds.ATTENTION_INPUT:
                 layer.__class__ = self._library.IAttentionInputLayer  # the binding's way to cast
                 layer.attention.decomposable = True
-                if layer.attention.get_input(0).name in dequantized:
+                # The parser scales the query and the key before they come here, but not the value.
+                if layer.attention.get_input(2).name in dequantized:
                     self._quantize_normalization(layer.attention)
 
     def _quantize_normalization(self, attention: Any) -> None:

@@ -19,6 +19,9 @@ from encache.model.spec import GraphSpec
 
 #: OpenVINO's names of our precisions.
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+#: Latents up to this size shrink to one pixel inside a UNet. OpenVINO 2026.4 computes attention with
+#: a single query wrongly, and then goes on so at larger sizes.
+_ONE_PIXEL = 8
 
 
 def open_openvino(folder: Path, manifest: Manifest) -> dict[str, "_Compiled"]:
@@ -81,6 +84,7 @@ class _Compiled:
         """Compute the outputs into the given tensors."""
         import openvino
 
+        self._refuse_one_pixel(inputs)
         given = {name: tensor.contiguous() for name, tensor in inputs.items()}
         places = {
             name: openvino.Tensor(tensor.numpy(), shared_memory=True)
@@ -95,3 +99,13 @@ class _Compiled:
             if "bad_alloc" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise EngineError(f"OpenVINO cannot run {self.spec.name}: {error}") from error
+
+    def _refuse_one_pixel(self, inputs: Mapping[str, Tensor]) -> None:
+        if not self.spec.name.startswith("unet"):
+            return
+        first = inputs[self.spec.inputs[0].name]  # latents, or features of the same size
+        if max(first.shape[-2:]) <= _ONE_PIXEL:
+            raise EngineError(
+                f"OpenVINO computes latents of {_ONE_PIXEL}x{_ONE_PIXEL} pixels and less wrongly: "
+                "draw larger pictures, or use --backend onnxruntime."
+            )

@@ -36,8 +36,9 @@ def reopened(folder, place, dtype):
 
 
 def draw(pipe, **changes):
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     call = {"latents": noise, "num_inference_steps": 4, "stride": 2, "output_type": "latent"}
+    call |= {"height": 32, "width": 32}
     pipe.set_progress_bar_config(disable=True)
     return pipe("red apple", **{**call, **changes}).images
 
@@ -62,6 +63,14 @@ def test_it_draws_what_onnx_runtime_draws(engine_folder, up2_folder, tmp_path, d
     wide = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(1))
     sizes = {"latents": wide, "num_images_per_prompt": 2, "height": 24, "width": 40}
     assert error(draw(pipe, **sizes), draw(reference, **sizes)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("cut", ["none", "up2"])
+def test_latents_that_it_computes_wrongly_are_refused(engine_folder, up2_folder, tmp_path, cut):
+    folder = engine_folder if cut == "none" else up2_folder
+    pipe = EncachePipeline.from_engines(reopened(folder, tmp_path, "fp32"))
+    with pytest.raises(EngineError, match=r"8x8 pixels and less wrongly: .*onnxruntime"):
+        draw(pipe, latents=torch.zeros(1, 4, 8, 8), height=16, width=16)
 
 
 def test_threads_take_turns(engine_folder, tmp_path):
