@@ -19,8 +19,8 @@ from encache.model.spec import GraphSpec
 
 #: OpenVINO's names of our precisions.
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
-#: Latents up to this size shrink to one pixel inside a UNet. OpenVINO 2026.4 computes attention with
-#: a single query wrongly, and then goes on so at larger sizes.
+#: Latents up to this size shrink to one pixel inside a UNet. OpenVINO 2026.4 computes attention
+#: with a single query wrongly, and then goes on so at larger sizes.
 _ONE_PIXEL = 8
 
 
