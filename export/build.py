@@ -311,6 +311,9 @@ def _quantize(
     assert request.calibration
     assert request.target
     name, tolerance = graph.spec.name, PARITY_TOLERANCE[request.dtype]
+    if graph.dtype != torch_dtype(request.dtype):
+        report(f"{name} stays in fp32, because it overflows in fp16")
+        return None
     kept = choose_kept(observed, request.calibration.kept_share, has_fp8(request.target))
     expected = expected_error(observed, kept)
     if name == "vae_decoder" and expected > _PICTURE_ERROR:
