@@ -4,6 +4,7 @@ In bf16 the graphs, their inputs and their outputs stay in fp32; what lies betwe
 OpenVINO, which needs no calibration.
 """
 
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -31,19 +32,29 @@ def open_openvino(folder: Path, manifest: Manifest) -> dict[str, "_Compiled"]:
         EngineError: OpenVINO is missing or refuses a graph, a file was altered, or the CPU does not
             compute in the folder's precision.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise EngineError(
-            f'The backend openvino is not installed ({error}): pip install "encache[openvino]".'
-        ) from error
-    core = openvino.Core()
+    core = load_openvino().Core()
     dtype = manifest.identity.dtype
     if dtype == "bf16":
         refuse_without_bf16(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     core.set_property({"ENABLE_MMAP": False})  # the files it reads do not stay
     options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
     return {one.name: _Compiled(core, options, folder, manifest, one) for one in manifest.graphs}
+
+
+def load_openvino() -> Any:
+    """The library, which is kept from telling its maker that it was imported.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(
+            f'The backend openvino is not installed ({error}): pip install "encache[openvino]".'
+        ) from error
+    return openvino
 
 
 def refuse_without_bf16(capabilities: list[str]) -> None:
@@ -77,17 +88,16 @@ class _Compiled:
                 raise EngineError(
                     f"OpenVINO cannot open {folder / spec.name}: {error}. {REBUILD}"
                 ) from error
+        self._tensor = load_openvino().Tensor
         self._request = model.create_infer_request()
         self._lock = threading.Lock()  # of several threads, one at a time
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute the outputs into the given tensors."""
-        import openvino
-
         self._refuse_one_pixel(inputs)
         given = {name: tensor.contiguous() for name, tensor in inputs.items()}
         places = {
-            name: openvino.Tensor(tensor.numpy(), shared_memory=True)
+            name: self._tensor(tensor.numpy(), shared_memory=True)
             for name, tensor in {**given, **outputs}.items()
         }
         try:

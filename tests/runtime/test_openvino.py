@@ -1,11 +1,11 @@
 """OpenVINO beside ONNX Runtime: the same pictures, in fp32 and in bf16."""
 
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import openvino
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,11 +15,11 @@ from encache.errors import EncacheError, EngineError
 from encache.export.build import Request
 from encache.export.cli import main
 from encache.model.checkpoint import find_checkpoint
-from encache.runtime.openvino import refuse_without_bf16
+from encache.runtime.openvino import load_openvino, refuse_without_bf16
 from encache.runtime.pipeline import EncachePipeline
 
 BF16 = pytest.mark.skipif(
-    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    "BF16" not in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     reason="the CPU has no bf16",
 )
 #: Largest relative error of latents after four calls. bf16 has 8 bits of precision.
@@ -102,6 +102,14 @@ def test_a_missing_library_names_its_extra(engine_folder, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r'pip install "encache\[openvino\]"'):
         EncachePipeline.from_engines(folder)
+
+
+def test_nobody_is_told_that_it_was_imported():
+    code = "import sys; from encache.runtime.openvino import load_openvino; load_openvino().Core()"
+    code += "; print([name for name, one in sys.modules.items() if one and 'telemetry' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'openvino_telemetry" not in done.stdout
+    assert "openvino" in done.stdout
 
 
 def test_it_is_exported_in_bf16(model_folder, tmp_path, only_text_encoder):
