@@ -12,20 +12,28 @@ if TYPE_CHECKING:
 
 #: Ours, and torch's.
 _NAMES = {"fp32": "float32", "fp16": "float16"}
+#: Of weights and of all tensors alike.
 DTYPES = tuple(_NAMES)
+#: Inside layers alone, with the dtype of the tensors around them.
+_AROUND = {"bf16": "fp32", "int8": "fp16", "fp8": "fp16"}
+#: The precisions of 8 bits, which are calibrated.
+EIGHT_BITS = ("int8", "fp8")
+ENGINE_DTYPES = (*DTYPES, *_AROUND)
+#: What a backend takes beside DTYPES, or instead.
+_OF_BACKEND = {"openvino": ("fp32", "bf16"), "tensorrt-rtx": (*DTYPES, *EIGHT_BITS)}
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """torch's own of a name.
+    """torch's own of a name, of the tensors that go into engines and come out.
 
     Raises:
         EncacheError: there is none.
     """
     import torch
 
-    if name not in _NAMES:
-        raise EncacheError(f"There is no {name!r}. Choose one of {', '.join(DTYPES)}.")
-    return getattr(torch, _NAMES[name])
+    if name not in ENGINE_DTYPES:
+        raise EncacheError(f"There is no {name!r}. Choose one of {', '.join(ENGINE_DTYPES)}.")
+    return getattr(torch, _NAMES[_AROUND.get(name, name)])
 
 
 def dtype_name(dtype: "str | torch.dtype") -> str:
@@ -42,5 +50,16 @@ def tensor_dtype(spec: "TensorSpec", model_dtype: "torch.dtype") -> "torch.dtype
 
 
 def default_dtype(backend: str) -> str:
-    """What suits a backend: GPUs are twice as fast in fp16, CPUs are not."""
-    return "fp16" if backend in TENSORRT_BACKENDS else "fp32"
+    """What suits a backend: GPUs are twice as fast in fp16, CPUs are not; OpenVINO is in bf16."""
+    if backend in TENSORRT_BACKENDS:
+        return "fp16"
+    return "bf16" if backend == "openvino" else "fp32"
+
+
+def refuse_dtype(backend: str, dtype: str) -> None:
+    """Raise EncacheError unless a backend, or "torch", computes in this precision."""
+    known = _OF_BACKEND.get(backend, DTYPES)
+    if dtype not in known:
+        raise EncacheError(
+            f"The backend {backend} takes --dtype {' or '.join(known)}, not {dtype}."
+        )

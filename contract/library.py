@@ -13,7 +13,7 @@ _LIBRARIES = {
 }
 TENSORRT_BACKENDS = tuple(_LIBRARIES)
 #: What runs engines.
-BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
+BACKENDS = ("onnxruntime", "openvino", *TENSORRT_BACKENDS)
 
 
 @cache

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from encache.contract.calibration import Calibration, EightBits
 from encache.contract.target import Target
 from encache.errors import EngineError
 from encache.files import parse_json
@@ -39,6 +40,7 @@ class Identity:
         cut, dtype, backend: as asked for.
         tools: versions of the libraries that trace the graphs.
         target: what TensorRT engines are compiled for; None for ONNX graphs.
+        calibration: of engines of 8 bits, whose scales and layers follow from it; else None.
         graph_format: see `GRAPH_FORMAT`.
     """
 
@@ -48,21 +50,30 @@ class Identity:
     backend: str
     tools: str
     target: Target | None = None
+    calibration: Calibration | None = None
     graph_format: int = GRAPH_FORMAT
 
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits over all attributes."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        attributes = asdict(self)
+        if self.calibration is None:  # folders from before it was one keep their names
+            del attributes["calibration"]
+        text = json.dumps(attributes, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def identify(
-    checkpoint: Checkpoint, cut: Cut, dtype: str, backend: str, target: Target | None
+    checkpoint: Checkpoint,
+    cut: Cut,
+    dtype: str,
+    backend: str,
+    target: Target | None,
+    calibration: Calibration | None,
 ) -> Identity:
     """The identity of the engines that this machine would build."""
     tools = " ".join(f"{name} {version(name).split('+')[0]}" for name in _TOOLS)
-    return Identity(checkpoint.fingerprint, cut, dtype, backend, tools, target)
+    return Identity(checkpoint.fingerprint, cut, dtype, backend, tools, target, calibration)
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Manifest:
         scratch_bytes: GPU memory that each TensorRT engine needs beside its weights.
         preset: how else the model wants to be sampled.
         empty_is_zero: whether no negative prompt means zeros, as for Stable Diffusion XL.
+        eight_bits: of each graph that computes in 8 bits, how much of it does.
     """
 
     name: str
@@ -104,6 +116,7 @@ class Manifest:
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
     preset: Preset = UNSAID
     empty_is_zero: bool = False
+    eight_bits: Mapping[str, EightBits] = field(default_factory=dict)
 
     @property
     def features(self) -> tuple[TensorSpec, ...]:
@@ -151,22 +164,31 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} has graph format {graph_format}, this encache reads {GRAPH_FORMAT}. "
                 f"{REBUILD}"
             )
-        target = data["identity"]["target"]
-        identity = Identity(**{**data["identity"], "target": target and Target(**_tuples(target))})
+        eight_bits = data.get("eight_bits", {})
         manifest = Manifest(
             **{
                 **data,
-                "identity": identity,
+                "identity": _read_identity(data["identity"]),
                 "graphs": tuple(map(_read_graph, data["graphs"])),
                 "spec": ImageSpec(**_tuples(data["spec"])),
                 "files": {name: FileRecord(**one) for name, one in data["files"].items()},
                 "preset": parse_preset(data.get("preset", {})),
+                "eight_bits": {n: EightBits(**_tuples(one)) for n, one in eight_bits.items()},
             }
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
     _refuse_changed(folder, manifest)
     return manifest
+
+
+def _read_identity(data: Mapping[str, Any]) -> Identity:
+    kinds = {"target": Target, "calibration": Calibration}
+    values = {
+        name: one and kinds[name](**_tuples(one)) if name in kinds else one
+        for name, one in data.items()
+    }
+    return Identity(**values)
 
 
 def _read_graph(data: Mapping[str, Any]) -> GraphSpec:

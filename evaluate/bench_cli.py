@@ -63,7 +63,9 @@ class _BenchOptions:
         default=(1,),
         help="Pictures at once; repeatable. Each has TensorRT engines of its own.",
     )
-    dtype: str | None = option(type=click.Choice(DTYPES), help="Default: fp16 on a GPU, else fp32.")
+    dtype: str | None = option(
+        type=click.Choice(DTYPES), help="Default: fp16 on a GPU, else fp32, and bf16 for OpenVINO."
+    )
     repeats: int = option(type=click.IntRange(1), default=5)
     compiling: bool = option(
         "--compile", is_flag=True, default=False, help="Also diffusers with torch.compile."
@@ -240,7 +242,7 @@ class _Session:
             source,
             cut=cut,
             backend=backend,
-            dtype=self.dtype,
+            dtype=self.bench.dtype or ("bf16" if backend == "openvino" else self.dtype),
             target=target,
             engine_dir=self.engine_dir,
             exact=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 #: Whose versions decide a measurement, as far as they are installed.
 _PACKAGES = (
-    *("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu"),
+    *("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("tensorrt_rtx_cu13_libs", "tensorrt", "tomesd", "DeepCache"),
 )
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from encache.contract.dtypes import DTYPES, torch_dtype
+from encache.contract.calibration import Calibration, EightBits, has_fp8, refuse_without_fp8
+from encache.contract.dtypes import EIGHT_BITS, refuse_dtype, torch_dtype
 from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
 from encache.contract.manifest import (
     ENGINE,
@@ -38,11 +39,17 @@ from encache.model.loading import load_pipeline
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut, GraphSpec, ImageSpec
 
 if TYPE_CHECKING:
+    from encache.export.calibrate import Observed
+    from encache.export.graphs import Graph
+    from encache.export.quantize import Quantized
     from encache.export.trt import Shapes
 
 #: Largest accepted ||graph - eager|| / ||eager||, by dtype. fp32 graphs differ by reordered sums,
-#: fp16 graphs by their weights' and activations' rounding.
-PARITY_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+#: fp16 graphs by their weights' and activations' rounding; those of 8 bits by what the cache may
+#: cost, and on the model's own trajectories.
+PARITY_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "fp16": 1e-2, "int8": 0.1, "fp8": 0.1}
+#: Of the image decoder in 8 bits, whose error no later call repairs; else it stays in fp16.
+_PICTURE_ERROR = 0.02
 
 Report = Callable[[str], None]
 
@@ -54,9 +61,10 @@ class Request:
     Attributes:
         checkpoint: the model.
         cut: where its UNet is cut.
-        dtype: "fp32" or "fp16".
+        dtype: one of `ENGINE_DTYPES` that the backend takes.
         backend: what will run the engines.
-        target: what TensorRT engines are compiled for; None for ONNX Runtime.
+        target: what TensorRT engines are compiled for; None for ONNX graphs.
+        calibration: of engines of 8 bits; None for others.
     """
 
     checkpoint: Checkpoint
@@ -64,18 +72,26 @@ class Request:
     dtype: str = "fp32"
     backend: str = "onnxruntime"
     target: Target | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
-        for value, known in ((self.cut, CUTS), (self.dtype, DTYPES), (self.backend, BACKENDS)):
+        for value, known in ((self.cut, CUTS), (self.backend, BACKENDS)):
             if value not in known:
                 raise EncacheError(f"There is no {value!r}. Choose one of {', '.join(known)}.")
+        refuse_dtype(self.backend, self.dtype)
         if (self.backend in TENSORRT_BACKENDS) != (self.target is not None):
             raise EncacheError("TensorRT engines, and no others, need a target.")
+        if (self.dtype in EIGHT_BITS) != (self.calibration is not None):
+            raise EncacheError("Engines of 8 bits, and no others, need a calibration.")
+        if self.target and self.dtype == "fp8":
+            refuse_without_fp8(self.target)
 
     @cached_property
     def identity(self) -> Identity:
         """Hashes the checkpoint, which takes about 0.7 s per GB."""
-        return identify(self.checkpoint, self.cut, self.dtype, self.backend, self.target)
+        return identify(
+            self.checkpoint, self.cut, self.dtype, self.backend, self.target, self.calibration
+        )
 
     @property
     def folder_name(self) -> str:
@@ -171,7 +187,7 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
     start = time.perf_counter()
     exported = _export(request, folder, report)
     _release_memory()
-    scratch_bytes = _compile(request, exported.shapes, folder, report) if request.target else {}
+    compiled = _compile(request, exported, folder, report) if request.target else _NOT_COMPILED
     manifest = Manifest(
         name=request.checkpoint.name,
         identity=request.identity,
@@ -181,10 +197,11 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         parity=exported.parity,
         parity_tolerance=PARITY_TOLERANCE[request.dtype],
         build_seconds=round(time.perf_counter() - start, 1),
-        scratch_bytes=scratch_bytes,
+        scratch_bytes=compiled.scratch_bytes,
         guidance_scale=request.checkpoint.guidance_scale,
         preset=request.checkpoint.preset,
         empty_is_zero=exported.empty_is_zero,
+        eight_bits=compiled.eight_bits,
     )
     manifest.write(folder)
 
@@ -205,6 +222,7 @@ class _Exported:
         parity: relative error of each graph.
         shapes: of each graph's inputs, for engines with a target.
         empty_is_zero: as in the manifest.
+        quantized: what is meant to compute in 8 bits in a graph.
     """
 
     graphs: tuple[GraphSpec, ...]
@@ -212,6 +230,18 @@ class _Exported:
     parity: dict[str, float]
     shapes: "dict[str, dict[str, Shapes]]"
     empty_is_zero: bool
+    quantized: "dict[str, Quantized]"
+
+
+@dataclass(frozen=True)
+class _AllCompiled:
+    """What the compiler says of each graph, as in the manifest."""
+
+    scratch_bytes: dict[str, int]
+    eight_bits: dict[str, EightBits]
+
+
+_NOT_COMPILED = _AllCompiled({}, {})
 
 
 def _export(request: Request, folder: Path, report: Report) -> _Exported:
@@ -220,6 +250,7 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
     from encache.export.parity import measure_parity
     from encache.export.trt import profile
 
+    observed = _calibrate(request, report)
     report(f"loading {request.checkpoint.name}")
     pipeline = load_pipeline(request.checkpoint, torch_dtype(request.dtype))
     spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
@@ -233,7 +264,8 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
         (folder / graph.spec.name).mkdir()
         write_onnx(graph, folder / graph.spec.name, sizes)
     _write_companions(pipeline, folder)
-    tolerance = PARITY_TOLERANCE[request.dtype]
+    exact = "fp16" if request.calibration else request.dtype
+    tolerance = PARITY_TOLERANCE[exact]
     parity = {}
     for graph in graphs:
         name = graph.spec.name
@@ -245,6 +277,11 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
                 f"{tolerance:.0e}. Nothing was written; try --dtype fp32, or report this."
             )
         parity[name] = error
+    quantized = {}
+    for name, graph in {one.spec.name: one for one in graphs if one.spec.name in observed}.items():
+        done = _quantize(request, graph, observed[name], folder / name / ONNX, report)
+        if done:
+            quantized[name], parity[name] = done
     target = request.target
     return _Exported(
         graphs=tuple(one.spec for one in graphs),
@@ -256,13 +293,53 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
             else {}
         ),
         empty_is_zero=empty_is_zero(pipeline),
+        quantized=quantized,
     )
 
 
-def _compile(
-    request: Request, shapes: "Mapping[str, Mapping[str, Shapes]]", folder: Path, report: Report
-) -> dict[str, int]:
-    """Put TensorRT engines in the place of the ONNX graphs; the bytes of scratch each needs."""
+def _calibrate(request: Request, report: Report) -> "dict[str, Observed]":
+    """What the graphs were seen doing that are to compute in 8 bits."""
+    if request.calibration is None:
+        return {}
+    from encache.export.calibrate import calibrate
+
+    report(f"drawing {len(request.calibration.prompts)} pictures to calibrate on")
+    observed = calibrate(request.checkpoint, request.cut, request.calibration, request.dtype)
+    gc.collect()  # the model that drew them makes room
+    return observed
+
+
+def _quantize(
+    request: Request, graph: "Graph", observed: "Observed", path: Path, report: Report
+) -> "tuple[Quantized, float] | None":
+    """Put a graph of 8 bits in the place of one in fp16, with its error; or leave it."""
+    from encache.export.parity import measure_error
+    from encache.export.quantize import choose_kept, expected_error, quantize
+
+    assert request.calibration
+    assert request.target
+    name, tolerance = graph.spec.name, PARITY_TOLERANCE[request.dtype]
+    if graph.dtype != torch_dtype(request.dtype):
+        report(f"{name} stays in fp32, because it overflows in fp16")
+        return None
+    kept = choose_kept(observed, request.calibration.kept_share, has_fp8(request.target))
+    expected = expected_error(observed, kept)
+    if name == "vae_decoder" and expected > _PICTURE_ERROR:
+        report(f"{name} stays in fp16: in {request.dtype} its error would be {expected:.1e}")
+        return None
+    quantized = quantize(path, observed, kept, request.dtype)
+    error = measure_error(graph, path, observed.samples)
+    report(f"checked {name} in {request.dtype}: relative error {error:.1e}")
+    if not error <= tolerance:
+        raise EngineError(
+            f"In {request.dtype}, {name} differs from PyTorch by {error:.1e} on the model's own "
+            f"pictures, more than {tolerance}. Nothing was written; try --dtype fp16."
+        )
+    return quantized, error
+
+
+def _compile(request: Request, exported: _Exported, folder: Path, report: Report) -> _AllCompiled:
+    """Put TensorRT engines in the place of the ONNX graphs."""
     import torch
 
     from encache.export.trt import Compiler
@@ -274,18 +351,25 @@ def _compile(
         # Beside the engine folders: this one is still inside a temporary folder.
         timing_cache = folder.parents[1] / f"{target.library} {torch.cuda.get_device_name()}.timing"
         ahead = ()
-    scratch_bytes = {}
-    for graph, sizes in shapes.items():
+    scratch_bytes, eight_bits = {}, {}
+    for graph, sizes in exported.shapes.items():
         report(f"compiling {graph}")
         path = folder / graph / ONNX
-        compiled = Compiler(request.backend, path).compile(sizes, ahead, timing_cache)
+        quantized = exported.quantized.get(graph)
+        compiler = Compiler(request.backend, path)
+        compiled = compiler.compile(sizes, ahead, timing_cache, detailed=quantized is not None)
         path.with_name(ENGINE).write_bytes(compiled.engine)
         path.unlink()
         path.with_name(ONNX_WEIGHTS).unlink()
         scratch_bytes[graph] = compiled.scratch_bytes
-        del compiled  # as large as the weights; the next graph wants the memory
         report(f"compiled {graph}: {scratch_bytes[graph] / 2**20:.0f} MiB of scratch memory")
-    return scratch_bytes
+        if quantized:
+            eight_bits[graph] = judged = quantized.judge(compiled.layers)
+            report(f"{graph} computes {judged.share:.1%} of its arithmetic in 8 bits")
+            for layer in judged.fallen_back:
+                report(f"{layer} was meant to compute in 8 bits, and does not")
+        del compiler, compiled  # as large as the weights; the next graph wants the memory
+    return _AllCompiled(scratch_bytes, eight_bits)
 
 
 def _write_companions(pipeline: Any, folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import click
 
 from encache.command import Command, echo_path, typed_options
-from encache.contract.dtypes import default_dtype
+from encache.contract.calibration import make_calibration
+from encache.contract.dtypes import EIGHT_BITS, default_dtype, refuse_dtype
 from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
 from encache.contract.target import (
     DECODE_CALLS,
@@ -85,12 +87,19 @@ class _CompileOptions:
 @takes(model=ModelOptions, engine=EngineOptions)
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
 @takes(compiled=_CompileOptions, place=EngineDir)
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For int8 and fp8: a few prompts, one in a line, whose pictures the model draws to see "
+    "how large its numbers become. The model that ships with encache has its own.",
+)
 def main(
     model: ModelOptions,
     engine: EngineOptions,
     backend: str,
     compiled: _CompileOptions,
     place: EngineDir,
+    calibration_prompts: Path | None,
 ) -> None:
     """Export a Stable Diffusion UNet, whole or in two halves, with its text encoder and decoder.
 
@@ -100,6 +109,7 @@ def main(
     Examples:
       encache-export --ckpt fcr.safetensors --base path/to/stable-diffusion
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
+      encache-export --backend tensorrt-rtx --gpu rtx-4090 --dtype int8
     """
     checkpoint = model.find()
     cut, target = engine.cut or checkpoint.cut, None
@@ -108,10 +118,15 @@ def main(
     else:
         for name in typed_options({one.name for one in fields(_CompileOptions)}):
             raise click.UsageError(
-                f"{name} means nothing without TensorRT: ONNX Runtime takes any size, anywhere."
+                f"{name} means nothing without TensorRT: ONNX graphs take any size, anywhere."
             )
-    dtype = engine.dtype or default_dtype(backend)
-    request = Request(checkpoint, cut, dtype, backend, target)
+    dtype, calibration = engine.dtype or default_dtype(backend), None
+    refuse_dtype(backend, dtype)
+    if dtype in EIGHT_BITS:
+        calibration = make_calibration(checkpoint, calibration_prompts)
+    elif calibration_prompts:
+        raise click.UsageError("--calibration-prompts means nothing without --dtype int8 or fp8.")
+    request = Request(checkpoint, cut, dtype, backend, target, calibration)
     if finished := find_engines(request, place.engine_dir):
         click.echo("Nothing to do: this export is finished.", err=True)
         echo_path(finished)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from encache.command import typed_options
-from encache.contract.dtypes import DTYPES
+from encache.contract.dtypes import ENGINE_DTYPES
 from encache.model.checkpoint import Checkpoint, fast_model, find_checkpoint
 from encache.model.spec import CUTS, DEFAULT_CUT, NO_CUT, Cut, check_size
 from encache.options import option
@@ -62,7 +62,8 @@ class EngineOptions:
         help="What is cached: the output (none), or the features at this place of the UNet.",
     )
     dtype: str | None = option(
-        type=click.Choice(DTYPES), help="Default: fp32, and fp16 for TensorRT."
+        type=click.Choice(ENGINE_DTYPES),
+        help="Default: fp32, fp16 for TensorRT, bf16 for OpenVINO; TensorRT-RTX has int8 and fp8.",
     )
 
 

@@ -1,6 +1,6 @@
 """Does an exported graph compute what PyTorch computes?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
+from encache.contract.dtypes import tensor_dtype
+from encache.export.calibrate import Sample
 from encache.export.graphs import Graph, Sizes
 
 
@@ -29,13 +31,30 @@ def measure_parity(graph: Graph, path: Path, traced: Sizes) -> float:
     with torch.inference_mode():
         eager = _in_fp32(graph.module)(_widen(inputs))
     eager = (eager,) if isinstance(eager, torch.Tensor) else eager
+    return measure_error(graph, path, [(inputs, eager)])
+
+
+def measure_error(graph: Graph, path: Path, samples: Sequence[Sample]) -> float:
+    """Largest ||graph - expected|| / ||expected|| over the outputs, each over all samples.
+
+    Args:
+        graph: in the dtype of its export.
+        path: the exported model.onnx, run by ONNX Runtime on the CPU.
+        samples: inputs, and the outputs that are expected.
+    """
+    squares = torch.zeros(len(graph.spec.outputs), 2)
     with G_LOGGER.verbosity(G_LOGGER.ERROR), OnnxrtRunner(_open_session(path)) as runner:
-        outputs = runner.infer({name: one.numpy() for name, one in inputs.items()})
-    errors = [
-        (torch.from_numpy(outputs[spec.name]).float() - one).norm() / one.norm()
-        for spec, one in zip(graph.spec.outputs, eager, strict=True)
-    ]
-    return torch.stack(errors).max().item()  # unlike Python's max, this keeps a NaN
+        for inputs, expected in samples:
+            given = {
+                one.name: inputs[one.name].to("cpu", tensor_dtype(one, graph.dtype))
+                for one in graph.spec.inputs
+            }
+            outputs = runner.infer({name: one.numpy() for name, one in given.items()})
+            for index, (spec, one) in enumerate(zip(graph.spec.outputs, expected, strict=True)):
+                apart = torch.from_numpy(outputs[spec.name]).float() - one.cpu()
+                squares[index] += torch.stack([apart.square().sum(), one.cpu().square().sum()])
+    # Unlike Python's, torch's max keeps a NaN.
+    return (squares[:, 0] / squares[:, 1]).sqrt().max().item()
 
 
 def _in_fp32(module: torch.nn.Module) -> torch.nn.Module:

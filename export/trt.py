@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from encache.contract.library import describe_library, load_library
 from encache.contract.target import Span, Target
@@ -21,6 +23,13 @@ from encache.model.spec import GraphSpec, ImageSpec
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 #: Ring slots that one blend or another uses.
 _SLOTS: Span = (1, 2)
+#: Of attention's weights, which lie between 0 and 1, in FP8, whose largest number is 448. Lasts as
+#: long as the module: the library does not copy it.
+_NORMALIZATION_SCALE = np.array(1 / 448, np.float16)
+#: A line of what the library tells about an engine; kernels of its own have other names.
+_LAYER = re.compile(
+    r"^Name: (\S+), LayerType: \w+, Inputs: \[ \{[^}]*?Datatype: (\w+)", re.MULTILINE
+)
 
 
 def profile(
@@ -47,12 +56,31 @@ def profile(
     return {one.name: (one.size(least), one.size(most), one.size(most)) for one in graph.inputs}
 
 
+class CompiledLayer(NamedTuple):
+    """A layer of an engine.
+
+    Attributes:
+        name: of the graph's nodes in it, joined by "+", and a number; of some kernels their own.
+        datatype: of its first input, such as "Half", "Int8" or "FP8".
+    """
+
+    name: str
+    datatype: str
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """An engine's bytes, and how many bytes of scratch memory it needs at its largest sizes."""
+    """An engine.
 
-    engine: Any  # a buffer of the library's, not copied
+    Attributes:
+        engine: its bytes, in a buffer of the library's, not copied.
+        scratch_bytes: memory that it needs beside its weights at its largest sizes.
+        layers: its layers, where they were asked for.
+    """
+
+    engine: Any
     scratch_bytes: int
+    layers: tuple[CompiledLayer, ...]
 
 
 class Compiler:
@@ -78,7 +106,7 @@ class Compiler:
             errors = map(self._parser.get_error, range(self._parser.num_errors))
             reasons = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors)
             raise EngineError(f"{self._name} cannot read {path}: {reasons}")
-        self._let_attention_decompose()
+        self._prepare_attention()
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -97,6 +125,7 @@ class Compiler:
         shapes: Mapping[str, Shapes],
         compute_capabilities: Sequence[str] = (),
         timing_cache: Path | None = None,
+        detailed: bool = False,
     ) -> Compiled:
         """Compile for these shapes.
 
@@ -106,6 +135,7 @@ class Compiler:
                 any, this machine's GPU is compiled for.
             timing_cache: what standard TensorRT has learned from trying kernels on this GPU, read
                 and written; a file of another GPU or version is ignored.
+            detailed: also read the layers, which then have names inside the engine.
 
         Raises:
             EngineError: the library gives up; the message has its reason.
@@ -121,6 +151,8 @@ class Compiler:
         # All memory then comes from the caller, without which no CUDA graph can be captured.
         if hasattr(self._library.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
             config.set_flag(self._library.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if detailed:
+            config.profiling_verbosity = self._library.ProfilingVerbosity.DETAILED
         optimization = self._builder.create_optimization_profile()
         for name in self.inputs:
             optimization.set_shape(name, *shapes[name])
@@ -134,30 +166,47 @@ class Compiler:
             raise EngineError(f"{self._name} cannot compile the graph: {self._logger.complaint}.")
         if timing_cache:
             write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
-        return Compiled(engine, self._logger.scratch_bytes)
+        return Compiled(engine, self._logger.scratch_bytes, self._logger.layers)
 
-    def _let_attention_decompose(self) -> None:
-        """Where no fused kernel fits: the autoencoder's wide head at free sizes, or fp32."""
-        for index in range(self.network.num_layers):
-            layer = self.network.get_layer(index)
-            if layer.type == self._library.LayerType.ATTENTION_INPUT:
+    def _prepare_attention(self) -> None:
+        """Let it decompose where no fused kernel fits: wide heads at free sizes, or fp32.
+
+        Where its inputs are dequantised, what it computes inside is quantised too.
+        """
+        layers = list(map(self.network.get_layer, range(self.network.num_layers)))
+        kinds = self._library.LayerType
+        dequantized = {one.get_output(0).name for one in layers if one.type == kinds.DEQUANTIZE}
+        for layer in layers:
+            if layer.type == kinds.ATTENTION_INPUT:
                 layer.__class__ = self._library.IAttentionInputLayer  # the binding's way to cast
                 layer.attention.decomposable = True
+                # The parser scales the query and the key before they come here, but not the value.
+                if layer.attention.get_input(2).name in dequantized:
+                    self._quantize_normalization(layer.attention)
+
+    def _quantize_normalization(self, attention: Any) -> None:
+        """Without it, attention on inputs in FP8 is computed in half precision."""
+        scale = self.network.add_constant((), self._library.Weights(_NORMALIZATION_SCALE))
+        attention.normalization_quantize_scale = scale.get_output(0)
+        attention.normalization_quantize_to_type = self._library.DataType.FP8
 
 
 def _make_logger(library: Any) -> Any:
-    """A logger that keeps what the library says only there: scratch memory, and why it gave up."""
+    """A logger that keeps what the library says only there: scratch memory, layers, complaints."""
 
     class Logger(library.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.complaint = "it does not say why"
             self.scratch_bytes = 0
+            self.layers: tuple[CompiledLayer, ...] = ()
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR):
                 self.complaint = message.strip().rstrip(".")
             if found := re.match(r"Total Activation Memory: (\d+) bytes", message):
                 self.scratch_bytes = int(found[1])
+            if "LayerType: " in message:
+                self.layers += tuple(CompiledLayer(*one) for one in _LAYER.findall(message))
 
     return Logger()

@@ -40,6 +40,10 @@ def open_parts(folder: Path, manifest: Manifest) -> Parts:
         from encache.runtime.ort import open_onnxruntime
 
         graphs, device = open_onnxruntime(folder, manifest)
+    elif backend == "openvino":
+        from encache.runtime.openvino import open_openvino
+
+        graphs, device = open_openvino(folder, manifest), "cpu"
     elif backend in TENSORRT_BACKENDS:
         from encache.runtime.trt import open_tensorrt
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from encache.contract import dtypes
+from encache.contract.calibration import make_calibration
 from encache.contract.library import TENSORRT_BACKENDS
 from encache.contract.manifest import read_manifest
 from encache.contract.target import Target, make_target
@@ -141,8 +142,9 @@ class FromPretrained:
             variant: of the folder's weights, such as "fp16".
             scheduler: in place of the model's own.
             cut: where the UNet is cut; by default where the model wants it, or behind its output.
-            backend: "torch", "onnxruntime", "tensorrt-rtx" or "tensorrt".
-            dtype: "fp32" or "fp16", or torch's; by default fp32, and fp16 for TensorRT.
+            backend: "torch", "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt".
+            dtype: "fp32", "fp16", "bf16" (OpenVINO), "int8", "fp8" (TensorRT-RTX), or torch's; by
+                default fp32, fp16 for TensorRT and bf16 for OpenVINO.
             torch_dtype: diffusers' older name of it.
             target: what to compile TensorRT engines for; by default one picture of the model's own
                 size with its own guidance, on this machine's GPU.
@@ -188,11 +190,13 @@ class FromPretrained:
             report: receives a line for each part that is built.
         """
         cut, dtype = cut or checkpoint.cut, dtype or dtypes.default_dtype(backend)
+        dtypes.refuse_dtype(backend, dtype)
         if backend == "torch":
             return cls._from_torch(checkpoint, cut, dtype)
         if backend in TENSORRT_BACKENDS and target is None:
             target = make_target(checkpoint, backend, cut)
-        request = Request(checkpoint, cut, dtype, backend, target)
+        calibration = make_calibration(checkpoint) if dtype in dtypes.EIGHT_BITS else None
+        request = Request(checkpoint, cut, dtype, backend, target, calibration)
         found = (find_engines if exact else find_covering_engines)(request, engine_dir)
         if found is None:
             report(f"Building {request.folder_name} in {engine_dir}, once.")

@@ -1,0 +1,121 @@
+"""The OpenVINO backend: ONNX graphs on a CPU, in fp32 or in bf16.
+
+In bf16 the graphs, their inputs and their outputs stay in fp32; what lies between is rounded by
+OpenVINO, which needs no calibration.
+"""
+
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encache.contract.manifest import ONNX, ONNX_WEIGHTS, REBUILD, Manifest, read_verified
+from encache.errors import EngineError
+from encache.model.spec import GraphSpec
+
+#: OpenVINO's names of our precisions.
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+#: Latents up to this size shrink to one pixel inside a UNet. OpenVINO 2026.4 computes attention
+#: with a single query wrongly, and then goes on so at larger sizes.
+_ONE_PIXEL = 8
+
+
+def open_openvino(folder: Path, manifest: Manifest) -> dict[str, "_Compiled"]:
+    """Open a folder's graphs on this machine's CPU, by name.
+
+    Raises:
+        EngineError: OpenVINO is missing or refuses a graph, a file was altered, or the CPU does not
+            compute in the folder's precision.
+    """
+    core = load_openvino().Core()
+    dtype = manifest.identity.dtype
+    if dtype == "bf16":
+        refuse_without_bf16(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    core.set_property({"ENABLE_MMAP": False})  # the files it reads do not stay
+    options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
+    return {one.name: _Compiled(core, options, folder, manifest, one) for one in manifest.graphs}
+
+
+def load_openvino() -> Any:
+    """The library, which is kept from telling its maker that it was imported.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(
+            f'The backend openvino is not installed ({error}): pip install "encache[openvino]".'
+        ) from error
+    return openvino
+
+
+def refuse_without_bf16(capabilities: list[str]) -> None:
+    """Raise EngineError unless a CPU of these capabilities has instructions for bf16."""
+    if "BF16" not in capabilities:
+        raise EngineError(
+            "This CPU has no instructions for bf16 (AVX512_BF16 or AMX): use --dtype fp32."
+        )
+
+
+class _Compiled:
+    """One graph."""
+
+    def __init__(
+        self,
+        core: Any,
+        options: Mapping[str, str],
+        folder: Path,
+        manifest: Manifest,
+        spec: GraphSpec,
+    ) -> None:
+        self.spec = spec
+        # OpenVINO reads weights beside a graph from a folder alone, so it gets checked copies.
+        with tempfile.TemporaryDirectory() as checked:
+            for name in (ONNX, ONNX_WEIGHTS):
+                content = read_verified(folder, manifest, f"{spec.name}/{name}")
+                Path(checked, name).write_bytes(content)
+            try:
+                model = core.compile_model(core.read_model(Path(checked, ONNX)), "CPU", options)
+            except RuntimeError as error:
+                raise EngineError(
+                    f"OpenVINO cannot open {folder / spec.name}: {error}. {REBUILD}"
+                ) from error
+        self._tensor = load_openvino().Tensor
+        self._request = model.create_infer_request()
+        self._lock = threading.Lock()  # of several threads, one at a time
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Compute the outputs into the given tensors."""
+        self._refuse_one_pixel(inputs)
+        given = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        places = {
+            name: self._tensor(tensor.numpy(), shared_memory=True)
+            for name, tensor in {**given, **outputs}.items()
+        }
+        try:
+            with self._lock:
+                for name, place in places.items():
+                    self._request.set_tensor(name, place)
+                self._request.infer()
+        except RuntimeError as error:
+            if "bad_alloc" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise EngineError(f"OpenVINO cannot run {self.spec.name}: {error}") from error
+
+    def _refuse_one_pixel(self, inputs: Mapping[str, Tensor]) -> None:
+        if not self.spec.name.startswith("unet"):
+            return
+        first = inputs[self.spec.inputs[0].name]  # latents, or features of the same size
+        if max(first.shape[-2:]) <= _ONE_PIXEL:
+            raise EngineError(
+                f"OpenVINO computes latents of {_ONE_PIXEL}x{_ONE_PIXEL} pixels and less wrongly: "
+                "draw larger pictures, or use --backend onnxruntime."
+            )
