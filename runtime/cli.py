@@ -16,7 +16,7 @@ from encache.errors import EncacheError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions
 from encache.files import read_lines
 from encache.model.checkpoint import Checkpoint
-from encache.options import option, takes
+from encache.options import names_of, option, takes
 from encache.runtime.blend import DEFAULT_STRIDE
 from encache.runtime.opening import Opening, Run, resolve_run
 from encache.runtime.options import SamplingOptions
@@ -197,7 +197,7 @@ def _refuse_what_would_be_ignored(
     """Options that another typed one makes meaningless are refused, never ignored."""
     # One engine folder is one model at one cut, and holds no PyTorch weights to compare with.
     decided = (
-        {"ckpt", "fast", "base", "variant", "loras", "vae", "cut", "dtype", "backend", "comparing"}
+        names_of(ModelOptions) | {"cut", "dtype", "backend", "comparing"}
         if engine_folder
         else set()
     )
