@@ -16,6 +16,7 @@ import torch
 from diffusers import Transformer2DModel
 from torch import Tensor
 
+from encache.errors import CheckpointError
 from encache.model.copies import ChildStandIn, with_children
 
 
@@ -47,10 +48,18 @@ def match(tokens: Tensor, size: tuple[int, int], ratio: Fraction) -> Matching:
 
     Args:
         tokens: of a grid, row by row [B, h * w, C].
-        size: height h and width w of the grid, each at least 2.
+        size: height h and width w of the grid.
         ratio: between 0 and 3/4, so that there are always enough that are no targets.
+
+    Raises:
+        CheckpointError: the grid is so small that it holds no target.
     """
     height, width = size
+    if height < 2 or width < 2:
+        raise CheckpointError(
+            f"ToMe merges tokens within two by two latents, and here are {height} by {width}: "
+            "draw a larger picture, or leave out --tome."
+        )
     row, column = (torch.arange(one, device=tokens.device) for one in (height, width))
     rows, columns = height // 2, width // 2
     # A last odd row or column holds no targets.
@@ -120,7 +129,12 @@ def merge_tokens(unet: Any, ratio: Fraction) -> int:
     Returns:
         How many of its transformers do.
     """
-    found = [one for block in _full_size_blocks(unet) for one in _transformers(block)]
+    found = [
+        one
+        for block in _full_size_blocks(unet)
+        for one in getattr(block, "attentions", ())
+        if type(one) is Transformer2DModel
+    ]
     for one in found:
         one.__class__ = MergingTransformer
         one.merge_ratio = ratio
@@ -139,7 +153,3 @@ def _full_size_blocks(unet: Any) -> list[Any]:
             break
         blocks.append(block)
     return blocks
-
-
-def _transformers(block: Any) -> list[Any]:
-    return [one for one in getattr(block, "attentions", ()) if type(one) is Transformer2DModel]

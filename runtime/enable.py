@@ -4,6 +4,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,20 @@ def enable(
     Raises:
         EncacheError: it is no such pipeline, or cannot do what is asked.
     """
+    asked = None if cut is None else str(cut)
+    policy, name = _policy(stride, asked or DEFAULT_CUT, key_calls, blend, prior_noise)
     part = _denoiser_of(pipe)
     denoiser, controlnet = (_original(getattr(pipe, one, None)) for one in (part, "controlnet"))
     backbone = backbone_of(denoiser)
-    open_engines = _opener(denoiser, None if cut is None else str(cut), engines)
-    # Opening refuses now, not in the middle of a picture.
-    policy, name = _policy(stride, open_engines().cut, key_calls, blend, prior_noise)
     if controlnet is not None:
         if engines is not None:
             raise EncacheError(
                 "Engines do not take what a ControlNet adds: enable this pipeline without engines."
             )
         _refuse_control_of_another_model(controlnet, denoiser)
+    open_engines = _opener(denoiser, asked, engines)
+    # Opening refuses now, not in the middle of a picture.
+    policy = replace(policy, cut=open_engines().cut)
     disable(pipe)
     cache = _follow(pipe, open_engines, policy, name, max_decode_batch)
     _put(pipe, part, CachedDenoiser(denoiser, backbone, cache))

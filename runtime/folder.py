@@ -13,7 +13,7 @@ from encache.contract.manifest import Manifest, read_manifest
 from encache.errors import EngineError
 from encache.export.graphs import denoiser_graphs
 from encache.model.backbone import Conditions
-from encache.model.spec import Cut, GraphSpec, TensorSpec
+from encache.model.spec import Cut, GraphSpec
 from encache.runtime.backends import open_graphs
 from encache.runtime.engines import Graph, GraphEngines
 
@@ -61,14 +61,11 @@ def _refuse_another_model(folder: Path, manifest: Manifest, wanted: Sequence[Gra
 def _tensors(graphs: Sequence[GraphSpec]) -> dict[str, str]:
     """Shape and precision of what goes into each graph and comes out, by name."""
     return {
-        f"{graph.name}'s {one.name}": f"{_size(one)} {one.dtype}"
+        f"{graph.name}'s {one.name}": f"[{', '.join(map(str, one.shape))}]"
+        + (f" of {one.dtype}" if one.dtype != "model" else "")
         for graph in graphs
         for one in chain(graph.inputs, graph.outputs)
     }
-
-
-def _size(spec: TensorSpec) -> str:
-    return f"[{', '.join(map(str, spec.shape))}]"
 
 
 class FolderEngines(GraphEngines):

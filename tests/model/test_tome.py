@@ -8,9 +8,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from encache.contract.manifest import ONNX, read_manifest
+from encache.contract.target import Target
 from encache.errors import CheckpointError
 from encache.export.build import Request, build_engines
-from encache.export.trt import Compiler
+from encache.export.trt import Compiler, profile
 from encache.model.checkpoint import find_checkpoint
 from encache.model.loading import load_pipeline
 from encache.model.merging import merge_tokens
@@ -77,9 +78,11 @@ def test_exported_at_a_cut(model_folder, tmp_path):
     ]
     assert error(pictures[0], pictures[1]) < 1e-3
     assert error(pictures[2], pictures[1]) > 1e-3
-    for graph in ("unet_encoder", "unet_decoder"):
-        compiler = Compiler("tensorrt-rtx", folder / graph / ONNX)
-        assert -1 in tuple(next(iter(compiler.inputs.values())).shape)
+    target = Target("any", ("8.9",), (1, 4), 5, (16, 32), (16, 48))
+    for graph in manifest.graphs[:2]:
+        compiler = Compiler("tensorrt-rtx", folder / graph.name / ONNX)
+        shapes = profile(graph, target, manifest.spec, 16)
+        assert compiler.compile(shapes, ["8.9"]).scratch_bytes > 0
 
 
 def test_each_ratio_is_another_model(model_folder):
@@ -95,6 +98,9 @@ def test_refusals(model_folder, xl_folder):
             find_checkpoint(model_folder, tome=ratio)
     with pytest.raises(CheckpointError, match="leave out --tome"):
         load_pipeline(find_checkpoint(xl_folder, tome=0.5))
+    latents, timestep, conditions = draw(1, 8)
+    with pytest.raises(CheckpointError, match="here are 1 by 8"):
+        merging_unet()(latents, timestep, conditions["text"])
 
 
 def test_by_the_command_line(model_folder, tmp_path):

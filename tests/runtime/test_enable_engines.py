@@ -119,7 +119,12 @@ def test_refusals_change_nothing(up2_folder, tmp_path):
     for make, folder, options, words in [
         (make_pipeline, up2_folder, {"cut": "mid"}, "engines of the cut up2, not mid"),
         (make_xl_pipeline, up2_folder, {}, "This model has no cut up2"),
-        (lambda: make_pipeline(in_channels=9), up2_folder, {}, "latents is .B, 4, h, w. model t"),
+        (
+            lambda: make_pipeline(in_channels=9),
+            up2_folder,
+            {},
+            "is .B, 4, h, w. there and .B, 9, h",
+        ),
         (controlled, up2_folder, {}, "do not take what a ControlNet adds"),
         (make_pipeline, tmp_path, {}, f"holds no {MANIFEST}"),
     ]:
