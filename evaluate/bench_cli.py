@@ -16,7 +16,7 @@ from encache.model.checkpoint import Checkpoint
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID
 from encache.model.spec import CUTS, NO_CUT, Cut
-from encache.options import option, takes
+from encache.options import names_of, option, takes
 from encache.runtime.options import strides_option
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main(
     Example: encache-bench --sd15-shape --backend torch --backend tensorrt-rtx --compile
     """
     if bench.sd15_shape:
-        for name in typed_options({"ckpt", "fast", "base", "variant", "loras", "vae"}):
+        for name in typed_options(names_of(ModelOptions)):
             raise click.UsageError(f"--sd15-shape is a model of its own: leave out {name}.")
     size.check()
 

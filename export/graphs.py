@@ -50,7 +50,7 @@ class Graph:
 def pipeline_graphs(pipeline: Any, cut: Cut) -> tuple[Graph, ...]:
     """List the graphs of a diffusers pipeline whose denoiser is cut at `cut`."""
     return (
-        *_denoiser_graphs(pipeline.unet, cut),
+        *denoiser_graphs(pipeline.unet, cut),
         *map(_text_graph, text_encoders_of(pipeline)),
         _picture_graph(pipeline.vae),
     )
@@ -111,7 +111,8 @@ class _ByName(nn.Module):
         return self._call(self.module, inputs)
 
 
-def _denoiser_graphs(module: Any, cut: Cut) -> tuple[Graph, ...]:
+def denoiser_graphs(module: Any, cut: Cut) -> tuple[Graph, ...]:
+    """List the graphs of a diffusers denoiser: one, or a pair at a cut."""
     backbone = backbone_of(module)
     conditions = backbone.conditions
     inputs = (backbone.latents, TensorSpec("timestep", (1,), "float32", (0, 999)), *conditions)

@@ -38,6 +38,9 @@ class ModelOptions:
     vae: str | None = option(
         help="Folder or hub id of another autoencoder, such as the small madebyollin/taesd."
     )
+    tome: float | None = option(
+        type=float, help="ToMe: merge this part of the tokens in self-attention, such as 0.5."
+    )
 
     def find(self) -> Checkpoint:
         """The checkpoint, not loaded yet.
@@ -49,7 +52,7 @@ class ModelOptions:
             for name in typed_options({"ckpt", "base", "variant"}):
                 raise click.UsageError(f"--fast is a model of its own: leave out {name}.")
         named = fast_model() if self.fast else self.ckpt
-        return find_checkpoint(named, self.base, self.loras, self.vae, self.variant)
+        return find_checkpoint(named, self.base, self.loras, self.vae, self.variant, self.tome)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from encache.model.hub import find_folder, hub_id_of, short_name
 from encache.model.lora import find_lora
 from encache.model.preset import PRESET_KEY, UNSAID, Preset
 from encache.model.spec import DEFAULT_CUT, Cut
+from encache.model.tome import find_tome
 from encache.model.vae import find_vae
 from encache.model.weights import (
     choose_variant,
@@ -166,6 +167,7 @@ def find_checkpoint(
     loras: Sequence[str] = (),
     vae: str | Path | None = None,
     variant: str | None = None,
+    tome: float | None = None,
 ) -> Checkpoint:
     """Find out what `ckpt` is, without loading it.
 
@@ -178,6 +180,7 @@ def find_checkpoint(
         vae: folder or hub id of an autoencoder that replaces the model's own.
         variant: of a folder's weights, as in diffusers; by default the plain ones, or the variant
             that is there instead of them.
+        tome: ratio of tokens to merge in self-attention, such as 0.5.
 
     Raises:
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
@@ -186,6 +189,8 @@ def find_checkpoint(
     edits: list[Edit] = [find_lora(one) for one in loras]
     if vae:
         edits.append(find_vae(vae, found.variant))
+    if tome is not None:
+        edits.append(find_tome(tome))
     return replace(found, edits=tuple(edits))
 
 

@@ -6,10 +6,8 @@ stages before the cut hand out recorded outputs. The decoder sees the latents on
 decoder calls that share them run as one batch.
 """
 
-import copy
 import json
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -27,6 +25,7 @@ from encache.model.backbone import (
     backbone_of,
     refuse_unknown_attention,
 )
+from encache.model.copies import ChildStandIn, with_children
 from encache.model.spec import Cut, Dimension, TensorSpec
 
 
@@ -156,20 +155,6 @@ def blend(weights: Tensor, ring: Tensor) -> Tensor:
     return mixed.view(weights.shape[0] * ring.shape[1], *ring.shape[2:])
 
 
-class _StandIn:
-    """Takes a child's place in a copy of its parent; what else the parent asks, the child says."""
-
-    def __init__(self, child: nn.Module, function: Callable[..., Any]) -> None:
-        self._child = child
-        self._function = function
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._function(*arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._child, name)
-
-
 class _Stop(Exception):  # noqa: N818  # nothing went wrong
     """The encoder has what it needs."""
 
@@ -177,32 +162,13 @@ class _Stop(Exception):  # noqa: N818  # nothing went wrong
 def _copy(backbone: Backbone, children: Mapping[str, Any] | None = None) -> Any:
     """A shallow copy of the module that runs at any size, with some other children."""
     replaced = {
-        path: _StandIn(child := backbone.module.get_submodule(path), partial(function, child))
+        path: ChildStandIn(child := backbone.module.get_submodule(path), partial(function, child))
         for path, function in backbone.replaced.items()
     }
-    copied = _with_children(backbone.module, {**replaced, **(children or {})})
+    copied = with_children(backbone.module, {**replaced, **(children or {})})
     copied.__dict__.pop("forward", None)  # what somebody put there would run the original
     for name, value in backbone.fixed.items():
         setattr(copied, name, value)
-    return copied
-
-
-def _with_children(module: Any, children: Mapping[str, Any]) -> Any:
-    """A copy, along the paths alone, such as "up_blocks.1"; all else is shared.
-
-    A child hides what is given for the paths below it.
-    """
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    below: dict[str, dict[str, Any]] = defaultdict(dict)
-    for path, child in children.items():
-        name, _, rest = path.partition(".")
-        if rest:
-            below[name][rest] = child
-        else:
-            copied._modules[name] = child
-    for name in below.keys() - children.keys():
-        copied._modules[name] = _with_children(module._modules[name], below[name])
     return copied
 
 
@@ -217,18 +183,18 @@ def _record(
     outputs: list[Any] = []
     whole = _copy(backbone)
 
-    def recording(child: nn.Module) -> _StandIn:
+    def recording(child: nn.Module) -> ChildStandIn:
         def run(*arguments: Any, **options: Any) -> Any:
             outputs.append(child(*arguments, **options))
             if len(outputs) == len(stages):
                 raise _Stop
             return outputs[-1]
 
-        return _StandIn(child, run)
+        return ChildStandIn(child, run)
 
     children = {path: recording(whole.get_submodule(path)) for path in stages}
     try:
-        backbone.call(_with_children(whole, children), latents, timesteps, conditions)
+        backbone.call(with_children(whole, children), latents, timesteps, conditions)
     except _Stop:
         return outputs
     raise AssertionError(f"the forward does not run {stages[len(outputs)]}")
@@ -248,7 +214,9 @@ def _replay(
     Of the latents only the size counts.
     """
     children = {
-        path: _StandIn(backbone.module.get_submodule(path), lambda *_, output=output, **__: output)
+        path: ChildStandIn(
+            backbone.module.get_submodule(path), lambda *_, output=output, **__: output
+        )
         for path, output in zip(stages, outputs, strict=True)
     }
     copied = _copy(backbone, {**others, **children})

@@ -34,28 +34,40 @@ def open_parts(folder: Path, manifest: Manifest) -> Parts:
     Raises:
         EngineError: a file was altered, or the backend is unknown.
     """
+    graphs, device = open_graphs(folder, manifest)
     backend = manifest.identity.backend
-    graphs: dict[str, Any]
-    if backend == "onnxruntime":
-        from encache.runtime.ort import open_onnxruntime
-
-        graphs, device = open_onnxruntime(folder, manifest)
-    elif backend == "openvino":
-        from encache.runtime.openvino import open_openvino
-
-        graphs, device = open_openvino(folder, manifest), "cpu"
-    elif backend in TENSORRT_BACKENDS:
-        from encache.runtime.trt import open_tensorrt
-
-        graphs, device = open_tensorrt(folder, manifest), "cuda"
-    else:
-        raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
     engines = GraphEngines(manifest, graphs, device, capturable=backend in TENSORRT_BACKENDS)
     names = [name for name in graphs if name.startswith("text_encoder")]
     tokenizers = [load_tokenizer(folder, manifest, tokenizer_of(name)) for name in names]
     texts = [GraphText(graphs[name], engines.dtype, engines.device) for name in names]
     codec = GraphCodec(graphs["vae_decoder"], engines.dtype)
     return Parts(engines, Texts(tokenizers, texts), codec)
+
+
+def open_graphs(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], str]:
+    """Open the graphs that a manifest lists.
+
+    Returns:
+        The graphs by name, and the device that they run on.
+
+    Raises:
+        EngineError: a file was altered, or the backend is unknown.
+    """
+    backend = manifest.identity.backend
+    if backend == "onnxruntime":
+        from encache.runtime.ort import open_onnxruntime
+
+        graphs, device = open_onnxruntime(folder, manifest)
+        return dict(graphs), device
+    if backend == "openvino":
+        from encache.runtime.openvino import open_openvino
+
+        return dict(open_openvino(folder, manifest)), "cpu"
+    if backend in TENSORRT_BACKENDS:
+        from encache.runtime.trt import open_tensorrt
+
+        return dict(open_tensorrt(folder, manifest)), "cuda"
+    raise EngineError(f"{folder} was built for the unknown backend {backend!r}. {REBUILD}")
 
 
 def load_tokenizer(folder: Path, manifest: Manifest, part: str = "tokenizer") -> "CLIPTokenizer":

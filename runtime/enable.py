@@ -3,14 +3,17 @@
 import json
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from encache.errors import EncacheError, PlanError
 from encache.model.backbone import backbone_of
 from encache.model.spec import DEFAULT_CUT
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
-from encache.runtime.engines import TorchEngines
+from encache.runtime.engines import Engines, TorchEngines
+from encache.runtime.folder import open_folder
 from encache.runtime.generation import Cache
 from encache.runtime.key_calls import NAMED_KEY_CALLS, check_key_calls
 from encache.runtime.settings import Policy
@@ -26,7 +29,8 @@ def enable(
     pipe: Any,
     stride: int | None = None,
     *,
-    cut: str | int = DEFAULT_CUT,
+    engines: str | Path | None = None,
+    cut: str | int | None = None,
     key_calls: Sequence[int] | str | None = None,
     blend: Blend = DEFAULT_BLEND,
     prior_noise: bool = False,
@@ -43,8 +47,11 @@ def enable(
         pipe: a diffusers pipeline with a `unet` or `transformer` that encache knows.
         stride: every so many calls, from the first that is made, is a key call; 1 runs everything,
             and None is 3.
+        engines: an engine folder of the same model (`encache-export`), which runs the denoiser in
+            place of PyTorch. What is changed in PyTorch later does not reach it.
         cut: where the denoiser is cut: "none" caches its output, "mid", "up0", "up1", "up2" a
-            UNet's features, the number of a block a transformer's.
+            UNet's features, the number of a block a transformer's. None is the engines' own, and
+            "none" without engines.
         key_calls: explicit key calls in place of a stride, as numbers of the scheduler's calls, or
             the name of a published list: "paper", "if-1" or "if-2". Image-to-image begins at a
             later call, which is a key call then.
@@ -56,15 +63,22 @@ def enable(
     Raises:
         EncacheError: it is no such pipeline, or cannot do what is asked.
     """
-    policy, name = _policy(stride, str(cut), key_calls, blend, prior_noise)
+    asked = None if cut is None else str(cut)
+    policy, name = _policy(stride, asked or DEFAULT_CUT, key_calls, blend, prior_noise)
     part = _denoiser_of(pipe)
     denoiser, controlnet = (_original(getattr(pipe, one, None)) for one in (part, "controlnet"))
     backbone = backbone_of(denoiser)
-    TorchEngines(denoiser, policy.cut)  # refuses now, not in the middle of a picture
     if controlnet is not None:
+        if engines is not None:
+            raise EncacheError(
+                "Engines do not take what a ControlNet adds: enable this pipeline without engines."
+            )
         _refuse_control_of_another_model(controlnet, denoiser)
+    open_engines = _opener(denoiser, asked, engines)
+    # Opening refuses now, not in the middle of a picture.
+    policy = replace(policy, cut=open_engines().cut)
     disable(pipe)
-    cache = _follow(pipe, denoiser, policy, name, max_decode_batch)
+    cache = _follow(pipe, open_engines, policy, name, max_decode_batch)
     _put(pipe, part, CachedDenoiser(denoiser, backbone, cache))
     if controlnet is not None:
         _put(pipe, "controlnet", CachedControlNet(controlnet, cache))
@@ -107,8 +121,20 @@ def _policy(
     return Policy(stride, key_calls, blend, prior_noise, cut), None
 
 
+def _opener(denoiser: Any, cut: str | None, folder: str | Path | None) -> Callable[[], Engines]:
+    """What makes the engines of a generation: PyTorch's anew, as the denoiser may have changed."""
+    if folder is None:
+        return lambda: TorchEngines(denoiser, cut or DEFAULT_CUT)
+    engines = open_folder(Path(folder), denoiser, cut)
+    return lambda: engines
+
+
 def _follow(
-    pipe: Any, denoiser: Any, policy: Policy, key_calls: str | None, max_decode_batch: int | None
+    pipe: Any,
+    open_engines: Callable[[], Engines],
+    policy: Policy,
+    key_calls: str | None,
+    max_decode_batch: int | None,
 ) -> Cache:
     """The cache of a pipeline, which holds its cache in turn and so is only looked at from here."""
     reference = weakref.ref(pipe)
@@ -123,7 +149,7 @@ def _follow(
 
     return Cache(
         pipe=owner,
-        open_engines=lambda: TorchEngines(denoiser, policy.cut),
+        open_engines=open_engines,
         policy=policy,
         key_calls=key_calls,
         max_decode_batch=max_decode_batch,

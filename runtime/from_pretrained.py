@@ -123,6 +123,7 @@ class FromPretrained:
         loras: Sequence[str] = (),
         vae: str | Path | None = None,
         variant: str | None = None,
+        tome: float | None = None,
         scheduler: "Scheduler | None" = None,
         cut: Cut | None = None,
         backend: str = "onnxruntime",
@@ -140,6 +141,7 @@ class FromPretrained:
             loras: LoRA files, each as FILE or FILE:SCALE, fused into the weights.
             vae: folder or hub id of an autoencoder that replaces the model's own.
             variant: of the folder's weights, such as "fp16".
+            tome: ratio of tokens to merge in self-attention (ToMe), such as 0.5.
             scheduler: in place of the model's own.
             cut: where the UNet is cut; by default where the model wants it, or behind its output.
             backend: "torch", "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt".
@@ -158,7 +160,7 @@ class FromPretrained:
         refuse_loading_options(diffusers_options)
         dtype = dtype or torch_dtype
         pipeline = cls.from_checkpoint(
-            find_checkpoint(model, base, loras, vae, variant),
+            find_checkpoint(model, base, loras, vae, variant, tome),
             cut=cut,
             backend=backend,
             dtype=dtypes.dtype_name(dtype) if dtype else None,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from encache.contract.target import most_rows
 from encache.errors import EncacheError
 from encache.model.backbone import Conditions
 from encache.model.spec import NO_CUT
@@ -150,7 +151,9 @@ class Segments:
     def _decoded_with(self, call: int) -> range:
         """The calls to decode in one batch from this one on."""
         stops = [*self._key_calls, self._announced, len(self._timesteps)]
-        most = calls_within(self._max_decode_batch, self._shape[0])
+        rows, target = self._shape[0], self._engines.target
+        compiled = target.decode_calls if target else None
+        most = calls_within(most_rows(compiled, rows, self._max_decode_batch), rows)
         stop = min(stop for stop in stops if stop > call)
         return range(call, stop if most is None else min(stop, call + most))
 
@@ -253,7 +256,7 @@ class Cache:
         prediction = generation.answer(call, latents, conditions)
         self._generation = generation
         # A copy, because the engines' own may be of inference mode.
-        return prediction.to(latents.dtype).clone()
+        return prediction.to(latents).clone()
 
     def _arrive(self, timestep: Any) -> tuple[Generation, int]:
         """The generation and the call that a timestep belongs to."""

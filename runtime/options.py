@@ -10,9 +10,10 @@ import click
 from encache.command import FiniteFloat, typed_options
 from encache.contract.library import BACKENDS
 from encache.contract.manifest import MANIFEST
+from encache.export.options import ModelOptions
 from encache.model.preset import Preset
 from encache.model.spec import Cut
-from encache.options import option
+from encache.options import names_of, option
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
 from encache.runtime.schedulers import SCHEDULERS
 from encache.runtime.settings import DEFAULT_STEPS
@@ -146,7 +147,7 @@ class EnginesOptions:
             further: parameters of the running command that an engine folder also decides.
         """
         # One engine folder is one model at one cut, and holds no PyTorch weights.
-        decided = {"ckpt", "fast", "base", "variant", "loras", "vae", "cut", "dtype", "backend"}
+        decided = names_of(ModelOptions) | {"cut", "dtype", "backend"}
         for name in typed_options({*decided, *further}) if self.one_folder else ():
             raise click.UsageError(
                 f"{self.one_folder} is one engine folder, so {name} cannot be honoured: leave it "

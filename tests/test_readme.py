@@ -3,7 +3,8 @@
 Run, in an empty folder, with the tiny test model in place of every `path/to/...`, of NAME-KEY and
 of the default model:
     encache-run      all but those that compile for TensorRT, take a LoRA or a fitted plan, or draw
-                     with weights that encache-train or --fast gives; --compare with one seed instead of five
+                     with weights that encache-train or --fast gives; --compare with one seed
+                     instead of five
     encache-export   those whose engines the tests have built already: they say so
     encache-eval     with --dry-run, which opens the models and lists what would be drawn
     python blocks    all

@@ -47,3 +47,8 @@ def takes(**groups: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return decorated
 
     return decorate
+
+
+def names_of(group: Any) -> set[str]:
+    """The names of a dataclass's options."""
+    return {one.name for one in fields(group)}
