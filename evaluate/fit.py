@@ -189,7 +189,7 @@ def _run(batch: Batch, step: Evaluate, denoise: Denoise) -> None:
 
 
 def combine(row: Tensor | Row, history: Sequence[Tensor]) -> Tensor:
-    """row . history, as far as that is filled."""
+    """row . history [K, n, C, h, w], as far as that is filled: [n, C, h, w]."""
     coefficients = torch.as_tensor(row[: len(history)]).to(history[0])
     return torch.tensordot(coefficients, torch.stack(list(history)), 1)
 
