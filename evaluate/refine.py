@@ -94,7 +94,9 @@ class Freedom:
         timestep_unit: see `Refinement`.
     """
 
-    def __init__(self, plan: Plan, histories: Sequence[Sequence[Tensor]], timestep_unit: float) -> None:
+    def __init__(
+        self, plan: Plan, histories: Sequence[Sequence[Tensor]], timestep_unit: float
+    ) -> None:
         self.plan = plan
         self._unit = timestep_unit
         self._steps = evaluations_of(plan)
