@@ -2,8 +2,8 @@
 
 Run, in an empty folder, with the tiny test model in place of every `path/to/...`, of NAME-KEY and
 of the default model:
-    encache-run      all but those that compile for TensorRT, take a LoRA or a fitted plan, or draw
-                     with weights that encache-train or --fast gives; --compare with one seed
+    encache-run      all but those for TensorRT or OpenVINO, with a LoRA or a fitted plan, or
+                     with weights of encache-train or --fast; --compare with one seed
                      instead of five
     encache-export   those whose engines the tests have built already: they say so
     encache-eval     with --dry-run, which opens the models and lists what would be drawn
@@ -156,7 +156,7 @@ def parse(command, arguments, monkeypatch):
 def type_command(name, arguments, monkeypatch):
     """Run or parse one of encache's commands; see the module."""
     command, text = console_command(name), " ".join(arguments)
-    heavy = ("tensorrt", "--lora", "--fast", "--plan", ".safetensors", "--variant")
+    heavy = ("tensorrt", "openvino", "--lora", "--fast", "--plan", ".safetensors", "--variant")
     if name == "encache-eval":
         assert call(command, [*arguments, "--dry-run"]).stdout.splitlines()
     elif name == "encache-run" and not any(word in text for word in heavy):
