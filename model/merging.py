@@ -3,8 +3,9 @@
 Before self-attention, tokens that resemble another one are averaged with it; behind it, each of
 them takes what came out for their mean. The top left token of every two by two is a target, and all
 others are candidates to be merged into the target that they resemble most. This is what the tomesd
-package does without its random choice, with other means: it averages by a scatter, which exporters
-drop without a warning. Here it is a product with a one-hot matrix, and the way back is a gather.
+package does without its random choice, with other means: it averages by a scatter that adds up, and
+the exporter writes one that overwrites, without a warning. Here an average is a product with a
+one-hot matrix, and the way back is a gather.
 """
 
 from dataclasses import dataclass
@@ -79,11 +80,9 @@ def match(tokens: Tensor, size: tuple[int, int], ratio: Fraction) -> Matching:
     num_alone = height * width - rows * columns - merged
     # No two tokens are more alike than 1.
     alone = likeness.masked_fill(is_target, 2).topk(num_alone, largest=False).indices
-    number, target, order = (
-        torch.arange(one, device=tokens.device)
-        for one in (height * width, rows * columns, num_alone)
-    )
-    place = ((alone[:, :, None] == number) * (order[:, None] + 1)).sum(1)
+    order = torch.arange(1, num_alone + 1, device=tokens.device).expand_as(alone)
+    place = torch.zeros_like(nearest).scatter(1, alone, order)  # no two in one place
+    target = torch.arange(rows * columns, device=tokens.device)
     chosen = (target[:, None] == nearest[:, None]) & (place == 0)[:, None]
     mean = chosen / chosen.sum(-1, keepdim=True)
     return Matching(alone, mean, torch.where(place > 0, place - 1, num_alone + nearest))

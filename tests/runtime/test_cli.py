@@ -522,7 +522,9 @@ def test_one_engine_folder_needs_no_checkpoint(run, engine_folder):
     assert pictures[0] == pictures[1]
 
 
-@pytest.mark.parametrize("options", [("--cut", "mid"), ("--dtype", "fp32"), ("--compare",)])
+@pytest.mark.parametrize(
+    "options", [("--cut", "mid"), ("--dtype", "fp32"), ("--tome", "0.5"), ("--compare",)]
+)
 def test_one_engine_folder_has_decided(run, engine_folder, options):
     result = run("--prompt", "x", *options, ckpt=None, engines=engine_folder)
     assert_one_sentence(result, 2, "one engine folder", options[0])
