@@ -95,6 +95,15 @@ def test_where_it_does_not_fit_it_is_refused(run, plans, arguments, words):
     assert "Traceback" not in result.stderr
 
 
+def test_another_models_plan_is_refused(run, plans):
+    content = json.loads(plans.read_text())
+    content["fitted_on"]["model"] = "f" * 64
+    plans.write_text(json.dumps(content))
+    result = run("--plan", plans)
+    assert result.exit_code == 1
+    assert "fitted for another model" in result.stderr
+
+
 def test_another_guidance_is_warned_of_and_drawn(run, plans):
     result = run("--plan", plans, "--guidance-scale", 5)
     assert result.exit_code == 0, result.output

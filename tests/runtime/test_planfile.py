@@ -1,8 +1,6 @@
 """Plan files: what is written is read, damage is refused, what it was fitted for is asked."""
 
 import json
-from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 
 from encache.errors import PlanError
 from encache.evaluate.fit import widen
-from encache.runtime.opening import Opening, Run, use_plan
 from encache.runtime.plan import make_plan
 from encache.runtime.planfile import (
     FittedOn,
@@ -22,7 +19,7 @@ from encache.runtime.planfile import (
     write_plans,
 )
 from encache.runtime.schedulers import full_config
-from encache.runtime.settings import Policy, Settings
+from encache.runtime.settings import Policy
 from tests.runtime.solvers import solver
 
 FITTED_ON = FittedOn("abc123", json.dumps(full_config(solver("ddim"))), 20, 3.0, "0" * 64, 64)
@@ -175,19 +172,3 @@ def test_a_plan_serves_what_it_was_fitted_for():
 def test_anything_else_is_refused(changes, reason):
     with pytest.raises(PlanError, match=f"was fitted for .*{reason}"):
         fits(**changes)
-
-
-def test_a_run_takes_a_plan_that_was_fitted_for_it(path, capsys):
-    opening = Mock(spec=Opening, cut="none", fingerprint="abc123")
-    asked = Settings(20, 3.0, Policy())
-    run = Run(asked, solver("ddim"), [[0]], make_plan(solver("ddim"), 20), None)
-    best = choose_plan(read_plans(path))
-    assert best.fitted_on.preset.steps == 20
-    assert use_plan(run, opening, best) == replace(run, plan=best.plan)
-    assert capsys.readouterr().err == ""
-    use_plan(replace(run, settings=replace(asked, guidance_scale=4.0)), opening, best)
-    assert "guidance 3; how good it is at 4" in capsys.readouterr().err
-    with pytest.raises(PlanError, match="caches the output"):
-        use_plan(run, Mock(spec=Opening, cut="mid", fingerprint="abc123"), best)
-    with pytest.raises(PlanError, match="another model"):
-        use_plan(run, Mock(spec=Opening, cut="none", fingerprint="def456"), best)
