@@ -101,8 +101,9 @@ class SamplingOptions(SolverOptions):
             PlanError: the file holds no such plan.
         """
         if self.plan_file is None:
-            for name in typed_options({"quality", "budget"}):
-                raise click.UsageError(f"{name} chooses from the plans of --plan: give that too.")
+            for name in ("quality", "budget"):
+                if getattr(self, name) is not None:
+                    raise click.UsageError(f"--{name} chooses from the plans of --plan: give it.")
             return None
         for name in typed_options({"stride", "key_calls", "blend", "prior_noise"}):
             raise click.UsageError(f"{name} means nothing beside --plan, which says it all.")
