@@ -130,7 +130,7 @@ def test_timed_draws_are_replays_where_graphs_can_be(pipeline, monkeypatch):
         ours.engines.capturable = True
         return ours
 
-    monkeypatch.setattr("encache.runtime.pipeline.Replay", Counted)
+    monkeypatch.setattr("encache.runtime.executor.Replay", Counted)
     policies = {f"stride {n}": Policy(n) for n in (2, 3)}
     task = Task(("red apple",), 4, 7.5, None, None, policies)
     contenders, _ = assemble(pipeline, open_backend, ["torch"], ["up2", "none"], task, False)
