@@ -70,7 +70,7 @@ def match(tokens: Tensor, size: tuple[int, int], ratio: Fraction) -> Matching:
     is_target = (target_row[:, None] & target_column).flatten()
     places = (row[: 2 * rows : 2, None] * width + column[: 2 * columns : 2]).flatten()
     # Half precision cannot hold the squares of large values, nor tell near neighbours apart.
-    directions = tokens.float()
+    directions = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     directions = directions / directions.norm(dim=-1, keepdim=True)
     likeness, nearest = (directions @ directions[:, places].transpose(1, 2)).max(-1)
     own = (row[:, None] // 2 * columns + column // 2).flatten()

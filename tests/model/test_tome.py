@@ -42,8 +42,9 @@ def test_it_equals_tomesd(family, size, ratio):
     plain, theirs = tiny_unet(**FAMILIES[family]), tiny_unet(**FAMILIES[family])
     tomesd.apply_patch(theirs, ratio=ratio, use_rand=False)
     latents, timestep, conditions = draw(*size)
+    # In single precision rounding may decide which of two tokens is the nearer one.
     ours, expected, before = (
-        one(latents, timestep, conditions["text"]).sample
+        one.double()(latents.double(), timestep, conditions["text"].double()).sample
         for one in (merging_unet(ratio, **FAMILIES[family]), theirs, plain)
     )
     assert error(ours, expected) < 1e-5
