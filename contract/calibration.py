@@ -6,6 +6,7 @@ from pathlib import Path
 
 from encache.contract.target import Target
 from encache.errors import EncacheError, EngineError
+from encache.files import read_lines
 from encache.model.checkpoint import Checkpoint, default_model
 
 #: Of a model that does not name its own, as in diffusers.
@@ -65,9 +66,9 @@ def make_calibration(checkpoint: Checkpoint, prompts: Path | None = None) -> Cal
     """
     lines: list[str] = []
     if prompts:
-        lines = _read_prompts(prompts)
+        lines = read_lines(prompts)
     elif checkpoint.folder == default_model():
-        listed = _read_prompts(default_model() / "prompts.txt")
+        listed = read_lines(default_model() / "prompts.txt")
         lines = listed[:: len(listed) // _PROMPTS][:_PROMPTS]
     if not lines:
         raise EncacheError(
@@ -75,14 +76,6 @@ def make_calibration(checkpoint: Checkpoint, prompts: Path | None = None) -> Cal
             f"--calibration-prompts FILE with about {_PROMPTS} prompts, one in a line."
         )
     return Calibration(tuple(lines), checkpoint.preset.steps or _STEPS)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise EncacheError(f"{path} is no UTF-8 text.") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def has_fp8(target: Target) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from encache.evaluate.distribution import bootstrap_interval
-from encache.evaluate.fidelity import psnr
+from encache.evaluate.fidelity import psnr, relative_error
 from encache.evaluate.fit import (
     FOLDS,
     RIDGES,
@@ -224,10 +224,10 @@ class Fitter:
 
         def measure(numbers: range) -> Arrays:
             batch = self.trajectories.batch(held_out, numbers)
-            drawn, wanted = run_plan(plan, batch, self.denoise), batch.wanted()[-1]
-            pictures = (pipeline.decode(one, "pt").cpu().numpy() for one in (drawn, wanted))
-            error = (drawn - wanted).flatten(1).square().sum(1) / wanted.flatten(1).square().sum(1)
-            return {"error": error.cpu().numpy(), "psnr": psnr(*pictures)}
+            latents = run_plan(plan, batch, self.denoise), batch.wanted()[-1]
+            pictures = (pipeline.decode(one, "pt").cpu().numpy() for one in latents)
+            error = relative_error(*(one.cpu().numpy() for one in latents))
+            return {"error": error, "psnr": psnr(*pictures)}
 
         def find(numbers: range) -> Arrays:
             described = {"measured": plan.hash(), **self.trajectories.describe(held_out, numbers)}
