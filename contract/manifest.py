@@ -41,6 +41,9 @@ class Identity:
         tools: versions of the libraries that trace the graphs.
         target: what TensorRT engines are compiled for; None for ONNX graphs.
         calibration: of engines of 8 bits, whose scales and layers follow from it; else None.
+        pipeline: class of the pipeline that keeps its own loop, for which the denoiser alone was
+            exported; or empty.
+        frames: of a clip, where the graphs keep their number; or 0.
         graph_format: see `GRAPH_FORMAT`.
     """
 
@@ -51,14 +54,17 @@ class Identity:
     tools: str
     target: Target | None = None
     calibration: Calibration | None = None
+    pipeline: str = ""
+    frames: int = 0
     graph_format: int = GRAPH_FORMAT
 
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits over all attributes."""
         attributes = asdict(self)
-        if self.calibration is None:  # folders from before it was one keep their names
-            del attributes["calibration"]
+        for name in ("calibration", "pipeline", "frames"):
+            if not attributes[name]:  # folders from before it was one keep their names
+                del attributes[name]
         text = json.dumps(attributes, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -70,10 +76,22 @@ def identify(
     backend: str,
     target: Target | None,
     calibration: Calibration | None,
+    frames: int = 0,
 ) -> Identity:
     """The identity of the engines that this machine would build."""
     tools = " ".join(f"{name} {version(name).split('+')[0]}" for name in _TOOLS)
-    return Identity(checkpoint.fingerprint, cut, dtype, backend, tools, target, calibration)
+    family = checkpoint.family
+    return Identity(
+        checkpoint.fingerprint,
+        cut,
+        dtype,
+        backend,
+        tools,
+        target,
+        calibration,
+        pipeline=family.pipeline if family.hosted else "",
+        frames=frames,
+    )
 
 
 @dataclass(frozen=True)
@@ -180,6 +198,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise EngineError(f"{path} is damaged ({error}). {REBUILD}") from error
     _refuse_changed(folder, manifest)
     return manifest
+
+
+def refuse_denoiser_alone(folder: Path, manifest: Manifest) -> None:
+    """Raise EngineError for a folder that draws nothing without its pipeline."""
+    if pipeline := manifest.identity.pipeline:
+        raise EngineError(
+            f"{folder} holds the denoiser of a {pipeline} alone: give encache-run its --ckpt and "
+            "this folder's parent as --engine-dir, or in Python that pipeline to encache.enable."
+        )
 
 
 def _read_identity(data: Mapping[str, Any]) -> Identity:

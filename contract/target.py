@@ -119,7 +119,9 @@ def rows_of(checkpoint: Checkpoint, pictures: Span = (1, 1)) -> Span:
     A span of pictures begins with one row for each: without guidance they come too.
     """
     least, most = pictures
-    rows = rows_per_picture(checkpoint.guidance_scale)
+    family, rows = checkpoint.family, rows_per_picture(checkpoint.guidance_scale)
+    if family.across_frames:  # a clip's first frame comes alone, then all of them do
+        return least * rows, most * rows * family.frames
     return least * (rows if least == most else 1), most * rows
 
 

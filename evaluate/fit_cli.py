@@ -177,12 +177,11 @@ def _open(
 def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
     """Where the denoiser runs in each of the plans."""
     from encache.evaluate.fitting import spread_key_calls
-    from encache.runtime.key_calls import paper_key_calls
+    from encache.runtime.key_calls import listed_key_calls
 
     num_calls = fitter.num_calls
     if plans.key_calls:
-        listed = paper_key_calls(num_calls) if plans.key_calls == "paper" else plans.key_calls
-        return [listed]
+        return [listed_key_calls(plans.key_calls, num_calls)]
     budgets = sorted({*plans.runs}) or [min(_DEFAULT_RUNS, num_calls)]
     for budget in budgets:
         if budget > num_calls:

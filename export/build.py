@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import glob
-import json
 import shutil
 import tempfile
 import time
@@ -12,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -32,11 +31,12 @@ from encache.contract.manifest import (
 )
 from encache.contract.target import Target
 from encache.errors import EncacheError, EngineError
+from encache.export.companions import write_companions
 from encache.files import naming
 from encache.model.checkpoint import Checkpoint
-from encache.model.family import empty_is_zero, family_of
-from encache.model.loading import load_pipeline
+from encache.model.family import empty_is_zero
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut, GraphSpec, ImageSpec
+from encache.model.text import text_length
 
 if TYPE_CHECKING:
     from encache.export.calibrate import Observed
@@ -65,6 +65,7 @@ class Request:
         backend: what will run the engines.
         target: what TensorRT engines are compiled for; None for ONNX graphs.
         calibration: of engines of 8 bits; None for others.
+        frames: of a clip, where the denoiser takes clips; else 0.
     """
 
     checkpoint: Checkpoint
@@ -73,11 +74,19 @@ class Request:
     backend: str = "onnxruntime"
     target: Target | None = None
     calibration: Calibration | None = None
+    frames: int = 0
 
     def __post_init__(self) -> None:
         for value, known in ((self.cut, CUTS), (self.backend, BACKENDS)):
-            if value not in known:
+            if value not in known and not (known is CUTS and self.cut.isdecimal()):
                 raise EncacheError(f"There is no {value!r}. Choose one of {', '.join(known)}.")
+        if self.calibration and self.checkpoint.family.hosted:
+            raise EncacheError(
+                f"Engines of 8 bits are made by drawing with EncachePipeline, which does not draw "
+                f"{self.checkpoint.family.title}: choose fp16."
+            )
+        if bool(self.frames) != self.checkpoint.family.clips:
+            raise EncacheError("Engines for clips, and no others, need a number of frames.")
         refuse_dtype(self.backend, self.dtype)
         if (self.backend in TENSORRT_BACKENDS) != (self.target is not None):
             raise EncacheError("TensorRT engines, and no others, need a target.")
@@ -90,7 +99,13 @@ class Request:
     def identity(self) -> Identity:
         """Hashes the checkpoint, which takes about 0.7 s per GB."""
         return identify(
-            self.checkpoint, self.cut, self.dtype, self.backend, self.target, self.calibration
+            self.checkpoint,
+            self.cut,
+            self.dtype,
+            self.backend,
+            self.target,
+            self.calibration,
+            self.frames,
         )
 
     @property
@@ -246,24 +261,25 @@ _NOT_COMPILED = _AllCompiled({}, {})
 
 def _export(request: Request, folder: Path, report: Report) -> _Exported:
     """Write the ONNX graphs with their companions, and check them against PyTorch."""
-    from encache.export.graphs import pipeline_graphs, write_onnx
+    from encache.export.graphs import open_graphs, write_onnx
     from encache.export.parity import measure_parity
     from encache.export.trt import profile
 
     observed = _calibrate(request, report)
     report(f"loading {request.checkpoint.name}")
-    pipeline = load_pipeline(request.checkpoint, torch_dtype(request.dtype))
-    spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+    pipeline, spec, graphs = open_graphs(
+        request.checkpoint, request.cut, torch_dtype(request.dtype), request.frames
+    )
     # Smaller pictures shrink to one pixel inside the UNet.
     height, width = (max(side, 16) for side in spec.sample_size)
-    length = pipeline.tokenizer.model_max_length
+    length = text_length(pipeline)
     sizes = {"B": 2, "K": 3, "L": length, "M": 2, "h": height, "w": width}
-    graphs = pipeline_graphs(pipeline, request.cut)
     for graph in graphs:
         report(f"exporting {graph.spec.name}")
         (folder / graph.spec.name).mkdir()
         write_onnx(graph, folder / graph.spec.name, sizes)
-    _write_companions(pipeline, folder)
+    if not request.checkpoint.family.hosted:  # whose pipeline has its own
+        write_companions(pipeline, folder)
     exact = "fp16" if request.calibration else request.dtype
     tolerance = PARITY_TOLERANCE[exact]
     parity = {}
@@ -370,26 +386,3 @@ def _compile(request: Request, exported: _Exported, folder: Path, report: Report
                 report(f"{layer} was meant to compute in 8 bits, and does not")
         del compiler, compiled  # as large as the weights; the next graph wants the memory
     return _AllCompiled(scratch_bytes, eight_bits)
-
-
-def _write_companions(pipeline: Any, folder: Path) -> None:
-    """Tokenizers, scheduler and index, as in a diffusers folder."""
-    tokenizers = {name: getattr(pipeline, name) for name in family_of(pipeline).tokenizers}
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
-    # As the checkpoint wrote it: what it left out is each solver's own default, here as there.
-    left_out = {"_use_default_values", *pipeline.scheduler.config.get("_use_default_values", ())}
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
-    config = folder / "scheduler" / pipeline.scheduler.config_name
-    kept = {
-        name: value
-        for name, value in json.loads(config.read_bytes()).items()
-        if name not in left_out
-    }
-    config.write_text(json.dumps(kept, indent=2) + "\n")
-    index = {
-        "_class_name": "EncachePipeline",
-        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
-        **{name: ["transformers", type(one).__name__] for name, one in tokenizers.items()},
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -21,9 +21,11 @@ from encache.contract.target import (
     resolve_compute_capabilities,
     rows_of,
 )
+from encache.errors import EncacheError
 from encache.export.build import Request, build_engines, find_engines
 from encache.export.options import EngineDir, EngineOptions, ModelOptions, refuse_without_cut
-from encache.model.checkpoint import Checkpoint
+from encache.model.checkpoint import Checkpoint, for_pipeline
+from encache.model.family import HOSTED
 from encache.model.spec import Cut, check_size
 from encache.options import option, takes
 
@@ -83,10 +85,39 @@ class _CompileOptions:
     width: Span | None = option(type=_SPAN, help="Likewise. Default: the model's own size.")
 
 
+@dataclass(frozen=True)
+class _PipelineOptions:
+    """What the denoiser is exported for."""
+
+    pipeline: str | None = option(
+        type=click.Choice(tuple(HOSTED)),
+        help="Of a text-to-image checkpoint, export the denoiser for this diffusers pipeline: with "
+        "what a ControlNet adds, or with attention across frames.",
+    )
+    num_frames: int | None = option(
+        type=click.IntRange(2), help="Of a clip, for VideoFusion. Default: the pipeline's."
+    )
+
+    def settle(self, checkpoint: Checkpoint) -> tuple[Checkpoint, int]:
+        """The checkpoint of that pipeline, and how many frames its graphs keep.
+
+        Raises:
+            EncacheError: an option means nothing for this checkpoint.
+        """
+        if self.pipeline:
+            checkpoint = for_pipeline(checkpoint, HOSTED[self.pipeline])
+        family = checkpoint.family
+        if self.num_frames and not family.clips:
+            raise EncacheError(
+                f"--num-frames means nothing for {family.title}, whose graphs take any number."
+            )
+        return checkpoint, (self.num_frames or family.frames) if family.clips else 0
+
+
 @click.command(cls=Command)
 @takes(model=ModelOptions, engine=EngineOptions)
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
-@takes(compiled=_CompileOptions, place=EngineDir)
+@takes(wanted=_PipelineOptions, compiled=_CompileOptions, place=EngineDir)
 @click.option(
     "--calibration-prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -97,11 +128,15 @@ def main(
     model: ModelOptions,
     engine: EngineOptions,
     backend: str,
+    wanted: _PipelineOptions,
     compiled: _CompileOptions,
     place: EngineDir,
     calibration_prompts: Path | None,
 ) -> None:
     """Export a Stable Diffusion UNet, whole or in two halves, with its text encoder and decoder.
+
+    Of pipelines that keep their own loop, such as inpainting, a ControlNet's, DeepFloyd-IF or DiT,
+    the denoiser alone is exported, because all else runs there.
 
     Prints the engine folder. Repeating a finished export does nothing.
 
@@ -111,7 +146,7 @@ def main(
       encache-export --ckpt path/to/stable-diffusion --backend tensorrt-rtx --gpu rtx-4090
       encache-export --backend tensorrt-rtx --gpu rtx-4090 --dtype int8
     """
-    checkpoint = model.find()
+    checkpoint, frames = wanted.settle(model.find(hosted=True))
     cut, target = engine.cut or checkpoint.cut, None
     if backend in TENSORRT_BACKENDS:
         target = _target(checkpoint, backend, cut, compiled)
@@ -126,7 +161,7 @@ def main(
         calibration = make_calibration(checkpoint, calibration_prompts)
     elif calibration_prompts:
         raise click.UsageError("--calibration-prompts means nothing without --dtype int8 or fp8.")
-    request = Request(checkpoint, cut, dtype, backend, target, calibration)
+    request = Request(checkpoint, cut, dtype, backend, target, calibration, frames)
     if finished := find_engines(request, place.engine_dir):
         click.echo("Nothing to do: this export is finished.", err=True)
         echo_path(finished)

@@ -11,7 +11,9 @@ from torch.export import Dim
 
 from encache.contract.dtypes import tensor_dtype
 from encache.contract.manifest import ONNX
-from encache.model.backbone import Backbone, backbone_of
+from encache.model.backbone import Backbone, attend_across_frames, backbone_of
+from encache.model.checkpoint import Checkpoint
+from encache.model.loading import load_pipeline
 from encache.model.spec import NO_CUT, Cut, GraphSpec, ImageSpec, TensorSpec
 from encache.model.split import Halves, Whole
 from encache.model.text_encoder import TextEncoder, text_encoders_of
@@ -45,6 +47,40 @@ class Graph:
     def draw(self, generator: torch.Generator, sizes: Sizes) -> dict[str, Tensor]:
         """Random inputs of the given sizes."""
         return {one.name: _draw(one, self.dtype, generator, sizes) for one in self.spec.inputs}
+
+
+def open_graphs(
+    checkpoint: Checkpoint, cut: Cut, dtype: torch.dtype, frames: int = 0
+) -> tuple[Any, ImageSpec, tuple[Graph, ...]]:
+    """Load a checkpoint, and list what is to be exported of it.
+
+    Of a pipeline that keeps its own loop that is the denoiser alone, because all else runs there.
+
+    Args:
+        checkpoint: what is exported.
+        cut: where its denoiser is cut.
+        dtype: of the weights.
+        frames: of a clip, where the denoiser takes clips; else 0.
+
+    Returns:
+        The diffusers pipeline, how its pictures and latents relate, and the graphs.
+    """
+    family = checkpoint.family
+    if not family.hosted:
+        pipeline = load_pipeline(checkpoint, dtype)
+        spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
+        return pipeline, spec, pipeline_graphs(pipeline, cut)
+    absent: dict[str, Any] = {}
+    if not family.codec:  # DeepFloyd-IF, whose text encoder is larger than all the rest
+        absent = dict.fromkeys(family.text_encoders)
+    if family.controlled:  # it runs in PyTorch
+        absent = {"controlnet": None}
+    pipeline = load_pipeline(checkpoint, dtype, **absent)
+    denoiser, codec = getattr(pipeline, family.denoiser), getattr(pipeline, family.codec, None)
+    if family.across_frames:
+        attend_across_frames(denoiser)
+    spec = ImageSpec.of_denoiser(denoiser.config, codec and codec.config)
+    return pipeline, spec, denoiser_graphs(denoiser, cut, family.controlled, frames)
 
 
 def pipeline_graphs(pipeline: Any, cut: Cut) -> tuple[Graph, ...]:
@@ -83,12 +119,11 @@ def write_onnx(graph: Graph, folder: Path, sizes: Sizes) -> Path:
 
 def _free_dimensions(inputs: tuple[TensorSpec, ...]) -> dict[str, dict[int, Any]]:
     """One Dim for each size that has a name; levels halve with rounding, so each has its own."""
-    dims = {
-        dimension: Dim(dimension.replace("/", "_"), **_BOUNDS.get(dimension, {}))
-        for one in inputs
-        for dimension in one.shape
-        if isinstance(dimension, str)
+    named = {one for spec in inputs for one in spec.shape if isinstance(one, str)}
+    plain = {
+        one: Dim(one.replace("/", "_"), **_BOUNDS.get(one, {})) for one in named if "*" not in one
     }
+    dims = {**plain, **{one: _multiple(one, plain) for one in named - plain.keys()}}
     return {
         one.name: {
             axis: dims[dimension]
@@ -97,6 +132,12 @@ def _free_dimensions(inputs: tuple[TensorSpec, ...]) -> dict[str, dict[int, Any]
         }
         for one in inputs
     }
+
+
+def _multiple(dimension: str, dims: Mapping[str, Any]) -> Any:
+    """The Dim of a product like "B*16"."""
+    name, _, factor = dimension.partition("*")
+    return int(factor) * dims[name]
 
 
 class _ByName(nn.Module):
@@ -111,10 +152,20 @@ class _ByName(nn.Module):
         return self._call(self.module, inputs)
 
 
-def denoiser_graphs(module: Any, cut: Cut) -> tuple[Graph, ...]:
-    """List the graphs of a diffusers denoiser: one, or a pair at a cut."""
+def denoiser_graphs(
+    module: Any, cut: Cut, controlled: bool = False, frames: int = 0
+) -> tuple[Graph, ...]:
+    """List the graphs of a diffusers denoiser: one, or a pair at a cut.
+
+    Args:
+        module: the denoiser.
+        cut: where it is cut.
+        controlled: whether a ControlNet adds to the features, which then go in by name.
+        frames: of a clip, where the denoiser takes clips: the exporter writes no graph in which
+            their number is free.
+    """
     backbone = backbone_of(module)
-    conditions = backbone.conditions
+    conditions = (*backbone.conditions, *(backbone.residuals if controlled else ()))
     inputs = (backbone.latents, TensorSpec("timestep", (1,), "float32", (0, 999)), *conditions)
 
     def call(run: Any, tensors: Tensors) -> Any:
@@ -123,11 +174,14 @@ def denoiser_graphs(module: Any, cut: Cut) -> tuple[Graph, ...]:
 
     if cut == NO_CUT:
         spec = GraphSpec("unet", inputs, (backbone.prediction,))
-        return (Graph(spec, _ByName(Whole(backbone), call), module.dtype),)
-    halves = Halves(module, cut)
-    spec = GraphSpec("unet_encoder", inputs, halves.features)
-    encoder = Graph(spec, _ByName(halves.encoder, call), module.dtype)
-    return encoder, _decoder_graph(backbone, halves)
+        graphs = [Graph(spec, _ByName(Whole(backbone), call), module.dtype)]
+    else:
+        halves = Halves(module, cut)
+        spec = GraphSpec("unet_encoder", inputs, halves.features)
+        encoder = Graph(spec, _ByName(halves.encoder, call), module.dtype)
+        graphs = [encoder, _decoder_graph(backbone, halves)]
+    bound = {**backbone.bound, "F": frames} if frames else backbone.bound
+    return tuple(replace(one, spec=one.spec.bind(bound)) for one in graphs)
 
 
 def _decoder_graph(backbone: Backbone, halves: Halves) -> Graph:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,8 +43,11 @@ class ModelOptions:
         type=float, help="ToMe: merge this part of the tokens in self-attention, such as 0.5."
     )
 
-    def find(self) -> Checkpoint:
+    def find(self, hosted: bool = False) -> Checkpoint:
         """The checkpoint, not loaded yet.
+
+        Args:
+            hosted: whether it may belong to a pipeline that keeps its own loop.
 
         Raises:
             click.UsageError: two options name one.
@@ -52,7 +56,23 @@ class ModelOptions:
             for name in typed_options({"ckpt", "base", "variant"}):
                 raise click.UsageError(f"--fast is a model of its own: leave out {name}.")
         named = fast_model() if self.fast else self.ckpt
-        return find_checkpoint(named, self.base, self.loras, self.vae, self.variant, self.tome)
+        return find_checkpoint(
+            named, self.base, self.loras, self.vae, self.variant, self.tome, hosted
+        )
+
+
+class _CutType(click.Choice):
+    """One of a UNet's cuts, or the number of a transformer's block."""
+
+    def __init__(self) -> None:
+        super().__init__(CUTS)
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Cut:
+        if isinstance(value, str) and value.isdecimal():
+            return str(int(value))
+        return super().convert(value, parameter, context)
 
 
 @dataclass(frozen=True)
@@ -60,9 +80,10 @@ class EngineOptions:
     """How it is run, and where its engines are."""
 
     cut: Cut | None = option(
-        type=click.Choice(CUTS),
+        type=_CutType(),
         show_default=f"the weights' own, or {DEFAULT_CUT}",
-        help="What is cached: the output (none), or the features at this place of the UNet.",
+        help="What is cached: the output (none), or the features at this place of the UNet; of a "
+        "transformer behind the block of this number.",
     )
     dtype: str | None = option(
         type=click.Choice(ENGINE_DTYPES),

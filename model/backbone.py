@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -33,12 +35,13 @@ class Backbone:
         conditions: its further inputs.
         prediction: its output.
         places: where its forward takes each condition, and each residual.
-        residuals: inputs that it can do without, by name: what a ControlNet adds to the tensors
-            that the stages return, in their order.
+        residuals: inputs that it can do without: what a ControlNet adds to the tensors that the
+            stages return, in their order.
+        bound: free sizes, by name, that an exported graph keeps at the model's own.
         fixed: attributes for copies of the module that must run, and export, at any size.
         replaced: what these copies do in the place of a child, by its path; takes the child first.
-        repeated: children for a copy that runs several calls in one batch, by path; takes the
-            module and the number of calls.
+        repeated: children for a copy that runs one or several calls in one batch, by path; takes
+            the module and the number of calls.
     """
 
     module: Any
@@ -48,7 +51,8 @@ class Backbone:
     conditions: tuple[TensorSpec, ...]
     prediction: TensorSpec
     places: Mapping[str, Place]
-    residuals: tuple[str, ...] = ()
+    residuals: tuple[TensorSpec, ...] = ()
+    bound: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     repeated: Callable[[Any, int], Mapping[str, Any]] = lambda module, num_calls: {}
@@ -87,7 +91,7 @@ class Backbone:
         Raises:
             CheckpointError: an argument says something that no condition carries.
         """
-        added = {self.places[name][0] for name in self.residuals}
+        added = {self.places[one.name][0] for one in self.residuals}
         given = sum(place[0] in added for place, _ in _places(arguments))
         if given not in (0, len(self.residuals)):
             raise CheckpointError(
@@ -163,8 +167,9 @@ def _unet(unet: Any) -> Backbone:
         latents=TensorSpec("latents", ("B", config.in_channels, "h", "w")),
         conditions=tuple(conditions),
         prediction=TensorSpec("noise", ("B", config.out_channels, "h", "w")),
-        places={**places, **residuals},
-        residuals=tuple(residuals),
+        places={**places, **_residual_places(residuals)},
+        residuals=residuals,
+        bound=_bound_sides(unet),
         repeated=partial(_across_frames, _frame_attention(unet)),
         **_at_any_size(unet),
     )
@@ -218,16 +223,47 @@ def _stages(unet: Any, *first: str) -> tuple[tuple[str, ...], dict[str, str]]:
     return (*encoder, *ups), cuts
 
 
-def _residuals(unet: Any) -> dict[str, Place]:
+def _residuals(unet: Any) -> tuple[TensorSpec, ...]:
     """What a ControlNet may add: one tensor for each skip, and one for the mid block's output."""
     if unet.mid_block is None:
+        return ()
+    levels = [(unet.config.block_out_channels[0], 0)]
+    for level, block in enumerate(unet.down_blocks):
+        channels = block.resnets[-1].out_channels
+        levels += [(channels, level)] * len(block.resnets)
+        levels += [(channels, level + 1)] * len(block.downsamplers or ())
+    names = [*map(str, range(len(levels))), "mid"]
+    return tuple(
+        TensorSpec(f"residual_{name}", ("B", channels, *_sides(level)))
+        for name, (channels, level) in zip(names, [*levels, levels[-1]], strict=True)
+    )
+
+
+def _sides(level: int) -> tuple[str, str]:
+    """Height and width of tensors behind so many downsamplers."""
+    return ("h", "w") if level == 0 else (f"h/{2**level}", f"w/{2**level}")
+
+
+def _residual_places(residuals: Sequence[TensorSpec]) -> dict[str, Place]:
+    """Where a UNet's forward takes them."""
+    if not residuals:
         return {}
-    blocks = unet.down_blocks
-    skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)
     down: dict[str, Place] = {
-        f"residual_{index}": ("down_block_additional_residuals", index) for index in range(skips)
+        one.name: ("down_block_additional_residuals", index)
+        for index, one in enumerate(residuals[:-1])
     }
-    return {**down, "residual_mid": ("mid_block_additional_residual",)}
+    return {**down, residuals[-1].name: ("mid_block_additional_residual",)}
+
+
+def _bound_sides(unet: Any) -> dict[str, int]:
+    """The sides of latents, where up blocks double theirs and are not told what they should be.
+
+    Those of DeepFloyd-IF; it draws at the sizes that its stages were trained for.
+    """
+    ups = [child for block in unet.up_blocks for child in block.upsamplers or ()]
+    if all(type(child).__name__ == "Upsample2D" for child in ups):
+        return {}
+    return {"h": unet.config.sample_size, "w": unet.config.sample_size}
 
 
 def _at_any_size(unet: Any) -> dict[str, Any]:
@@ -259,6 +295,14 @@ def _frame_attention(unet: Any) -> tuple[str, ...]:
     )
 
 
+def attend_across_frames(unet: Any) -> None:
+    """Let a UNet's attention look across frames, as Text2Video-Zero does for each of its calls.
+
+    A batch is then two clips, without and with the prompt.
+    """
+    unet.set_attn_processor(_FirstFrameAttention(2))
+
+
 def _across_frames(paths: Sequence[str], unet: Any, num_calls: int) -> dict[str, Any]:
     """Attention across the frames of a batch, told how many clips there are.
 
@@ -268,9 +312,33 @@ def _across_frames(paths: Sequence[str], unet: Any, num_calls: int) -> dict[str,
     children = {}
     for path in paths:
         children[path] = copied = copy.copy(unet.get_submodule(path))
-        copied.processor = copy.copy(copied.processor)
-        copied.processor.batch_size *= num_calls
+        copied.processor = _FirstFrameAttention(copied.processor.batch_size * num_calls)
     return children
+
+
+class _FirstFrameAttention:
+    """Attention of every frame to the first one of its clip, for so many clips in a batch.
+
+    diffusers' CrossFrameAttnProcessor lists the frames, and a graph would keep their number.
+    """
+
+    def __init__(self, num_clips: int) -> None:
+        self.batch_size = num_clips  # as diffusers calls it
+        self._attend = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is None:
+            rows = len(hidden_states)
+            frames = rows // self.batch_size
+            places = torch.arange(rows, device=hidden_states.device)
+            encoder_hidden_states = hidden_states[places // frames * frames]
+        return self._attend(attention, hidden_states, encoder_hidden_states, attention_mask)
 
 
 def refuse_unknown_attention(module: Any) -> None:
@@ -281,7 +349,8 @@ def refuse_unknown_attention(module: Any) -> None:
     """
     for processor in getattr(module, "attn_processors", {}).values():
         kind = type(processor)
-        if not kind.__module__.startswith("diffusers.") or "PAG" in kind.__name__:
+        known = kind.__module__.startswith("diffusers.") or kind is _FirstFrameAttention
+        if not known or "PAG" in kind.__name__:
             raise CheckpointError(
                 f"This model's attention is a {kind.__name__}, which may look from row to row of a "
                 f"batch, so its calls cannot be batched. The cut {NO_CUT} needs no batch."

@@ -16,7 +16,14 @@ from typing import Any
 from encache.errors import CheckpointError
 from encache.files import parse_json
 from encache.model.edit import Edit
-from encache.model.family import FAMILIES, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
+from encache.model.family import (
+    FAMILIES,
+    HOSTED,
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    Family,
+    runs,
+)
 from encache.model.hub import find_folder, hub_id_of, short_name
 from encache.model.lora import find_lora
 from encache.model.preset import PRESET_KEY, UNSAID, Preset
@@ -33,9 +40,6 @@ from encache.model.weights import (
 )
 
 _INDEX = "model_index.json"
-_SUPPORTED = "encache runs text-to-image checkpoints: " + ", ".join(
-    f"{family.title} ({family.pipeline})" for family in FAMILIES.values()
-)
 #: Tensors by which some trainers say that a UNet predicts v, on a schedule without final signal.
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 MARKS = (_V_PREDICTION, _ZERO_SNR)
@@ -146,7 +150,7 @@ class Checkpoint:
                 for file in sorted(folder.rglob("*")):
                     if file.suffix in {".json", ".txt"} and not file.name.startswith("."):
                         yield file
-                if part in self.family.weighted:
+                if part in self.family.weighted and folder.is_dir():
                     yield from weight_files(folder, choose_variant([folder], self.variant))
         if self.weights:
             yield self.weights
@@ -168,6 +172,7 @@ def find_checkpoint(
     vae: str | Path | None = None,
     variant: str | None = None,
     tome: float | None = None,
+    hosted: bool = False,
 ) -> Checkpoint:
     """Find out what `ckpt` is, without loading it.
 
@@ -181,17 +186,45 @@ def find_checkpoint(
         variant: of a folder's weights, as in diffusers; by default the plain ones, or the variant
             that is there instead of them.
         tome: ratio of tokens to merge in self-attention, such as 0.5.
+        hosted: whether it may belong to a pipeline that keeps its own loop.
 
     Raises:
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
     """
     found = _find_weights(default_model() if ckpt is None else ckpt, base, variant or "")
+    if found.family.hosted and not hosted:
+        raise CheckpointError(
+            f"{found.folder} is a {found.family.pipeline} ({found.family.title}), which keeps its "
+            f"own loop. encache-export and encache-run take it, and in Python encache.enable; "
+            f"here {runs(FAMILIES.values())}."
+        )
     edits: list[Edit] = [find_lora(one) for one in loras]
     if vae:
         edits.append(find_vae(vae, found.variant))
     if tome is not None:
         edits.append(find_tome(tome))
     return replace(found, edits=tuple(edits))
+
+
+def for_pipeline(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The same checkpoint, opened as a pipeline of another family that has the same parts.
+
+    Raises:
+        CheckpointError: it has other parts.
+    """
+    own = checkpoint.family
+    if family not in (own, *_made_of(own)):
+        fitting = ", ".join(one.pipeline for one in _made_of(own)) or "no other"
+        raise CheckpointError(
+            f"{checkpoint.name} is {own.title}, which does not have the parts of a "
+            f"{family.pipeline}. It can be: {fitting}."
+        )
+    return replace(checkpoint, family=family)
+
+
+def _made_of(family: Family) -> list[Family]:
+    """The hosted families whose pipelines take the parts of a text-to-image family."""
+    return [one for one in HOSTED.values() if one.base == family.pipeline]
 
 
 def _find_weights(ckpt: str | Path, base: str | Path | None, variant: str) -> Checkpoint:
@@ -281,7 +314,7 @@ def _family_of_file(path: Path, names: Collection[str]) -> Family:
     }
     for mark, title in others.items():
         if any(name.startswith(mark) for name in names):
-            raise CheckpointError(f"{path} is {title}; {_SUPPORTED}.")
+            raise CheckpointError(f"{path} is {title}; {runs(FAMILIES.values())}.")
     # Pruned files lack their text encoders; only XL embeds a label of sizes.
     marks = ("conditioner.embedders.", "model.diffusion_model.label_emb.")
     is_xl = any(name.startswith(marks) for name in names)
@@ -295,7 +328,8 @@ def _find_folder(folder: str | Path, variant: str) -> Checkpoint:
     if not (path / _INDEX).is_file():
         raise CheckpointError(f"{path} is not a diffusers folder: it holds no {_INDEX}.")
     family = _family_of_folder(path)
-    chosen = choose_variant([path / part for part in family.weighted], variant)
+    parts = [path / part for part in family.weighted]
+    chosen = choose_variant([part for part in parts if part.is_dir()], variant)
     if variant and chosen != variant:
         raise CheckpointError(f"{path} has no weights of the variant {variant}.")
     return Checkpoint(path, variant=chosen, family=family)
@@ -316,11 +350,17 @@ def _family_of_folder(path: Path) -> Family:
     """The family of a diffusers folder that is complete; or raise CheckpointError."""
     index = _read_index(path)
     name = index.get("_class_name")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
+    known = {**FAMILIES, **HOSTED}
+    family = known.get(name) if isinstance(name, str) else None
     if family is None:
-        raise CheckpointError(f"{path} is a {name}; {_SUPPORTED}.")
+        raise CheckpointError(f"{path} is a {name}; {runs(known.values())}.")
+    # XL's refiner has one text encoder of two, and IF's large one may lie elsewhere.
+    texts = (*family.text_encoders, *family.tokenizers)
+    absent = {part for part in texts if family.hosted and index.get(part) == [None, None]}
     for part in family.parts:
         match index.get(part):
+            case _ if part in absent:
+                continue
             case ["diffusers" | "transformers", str()]:
                 pass
             case [str() as module, str() as name]:
@@ -333,7 +373,8 @@ def _family_of_folder(path: Path) -> Family:
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} is incomplete: it holds no {part} folder.")
     for part in family.weighted:
-        refuse_without_safetensors(path / part)
+        if part not in absent:
+            refuse_without_safetensors(path / part)
     return family
 
 

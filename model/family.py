@@ -1,7 +1,7 @@
 """The diffusers pipelines that encache reads, one entry per class; needs no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from encache.errors import CheckpointError
@@ -19,6 +19,16 @@ class Family:
         guidance_scale: its default in diffusers.
         single_file: in a single file, the beginnings of the tensors' names by component.
         loading: arguments that load it without what pictures do not need.
+        hosted: whether the pipeline keeps its own loop, in which `encache.enable` caches; what
+            draws the others is `EncachePipeline`.
+        base: of such a pipeline the text-to-image pipeline whose checkpoints it takes, if any.
+        denoiser: name of the part that is cached.
+        codec: name of its autoencoder; empty where it draws pixels.
+        inputs: what its call takes beside texts, or in their place: the name by which a user says
+            it, and the call's own.
+        frames: of a clip, unless asked otherwise; 0 where it draws pictures.
+        controlled: whether a ControlNet adds to what its denoiser computes.
+        across_frames: whether its denoiser looks from row to row of a batch, which are frames.
         upcasts: whether diffusers runs its autoencoder in fp32 where that says that it overflows in
             fp16 (`force_upcast`); Stable Diffusion's says so too, by default, and does not.
     """
@@ -30,6 +40,19 @@ class Family:
     single_file: Mapping[str, str]
     loading: Mapping[str, Any] = field(default_factory=dict)
     upcasts: bool = False
+    hosted: bool = False
+    base: str = ""
+    denoiser: str = "unet"
+    codec: str = "vae"
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    frames: int = 0
+    controlled: bool = False
+    across_frames: bool = False
+
+    @property
+    def clips(self) -> bool:
+        """Whether its denoiser takes whole clips; else each frame is a row."""
+        return bool(self.frames) and not self.across_frames
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -39,7 +62,7 @@ class Family:
     @property
     def weighted(self) -> tuple[str, ...]:
         """The parts with weights that reach a picture; a safety checker does not."""
-        return (*self.text_encoders, "unet", "vae")
+        return tuple(filter(None, (*self.text_encoders, self.denoiser, self.codec)))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -76,8 +99,108 @@ STABLE_DIFFUSION_XL = Family(
     loading={**dict.fromkeys(("feature_extractor", "image_encoder")), "add_watermarker": False},
     upcasts=True,
 )
-#: By the class of the diffusers pipeline.
+#: What `EncachePipeline` draws with, by the class of the diffusers pipeline.
 FAMILIES = {one.pipeline: one for one in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}
+
+_PICTURE = {"image": "image", "strength": "strength"}
+_MASKED = {**_PICTURE, "mask_image": "mask_image"}
+_CONTROL = {"control_image": "image"}
+_PIXELS = dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
+
+
+def _hosted(family: Family, prefix: str, title: str, **changes: Any) -> Family:
+    """A family with another one's parts, whose pipeline keeps its own loop."""
+    base = {"base": family.pipeline, **changes}
+    return replace(family, pipeline=f"{prefix}Pipeline", title=title, hosted=True, **base)
+
+
+_DEEPFLOYD = Family(
+    pipeline="IFPipeline",
+    title="DeepFloyd-IF, stage I",
+    text_encoders=("text_encoder",),
+    guidance_scale=7.0,
+    single_file={},
+    loading={**_PIXELS, "requires_safety_checker": False},
+    hosted=True,
+    codec="",
+)
+#: What `encache.enable` caches in, likewise.
+HOSTED = {
+    one.pipeline: one
+    for one in (
+        _hosted(STABLE_DIFFUSION, "StableDiffusionImg2Img", "image to image", inputs=_PICTURE),
+        _hosted(STABLE_DIFFUSION, "StableDiffusionInpaint", "inpainting", inputs=_MASKED),
+        _hosted(
+            STABLE_DIFFUSION,
+            "StableDiffusionControlNet",
+            "Stable Diffusion with a ControlNet",
+            inputs=_CONTROL,
+            controlled=True,
+        ),
+        _hosted(
+            STABLE_DIFFUSION_XL, "StableDiffusionXLImg2Img", "XL image to image", inputs=_PICTURE
+        ),
+        _hosted(
+            STABLE_DIFFUSION_XL,
+            "StableDiffusionXLInpaint",
+            "XL inpainting",
+            inputs=_MASKED,
+            guidance_scale=7.5,
+        ),
+        _hosted(
+            STABLE_DIFFUSION_XL,
+            "StableDiffusionXLControlNet",
+            "XL with a ControlNet",
+            inputs=_CONTROL,
+            controlled=True,
+        ),
+        # The UNet is told the guidance, which in other models is a second row.
+        _hosted(
+            STABLE_DIFFUSION,
+            "LatentConsistencyModel",
+            "Latent Consistency",
+            guidance_scale=1.0,
+            base="",
+        ),
+        _hosted(
+            STABLE_DIFFUSION,
+            "TextToVideoZero",
+            "Text2Video-Zero",
+            inputs={"num_frames": "video_length"},
+            frames=8,
+            across_frames=True,
+        ),
+        Family(
+            pipeline="TextToVideoSDPipeline",
+            title="VideoFusion",
+            text_encoders=("text_encoder",),
+            guidance_scale=9.0,
+            single_file={},
+            hosted=True,
+            inputs={"num_frames": "num_frames"},
+            frames=16,
+        ),
+        _DEEPFLOYD,
+        replace(
+            _DEEPFLOYD,
+            pipeline="IFSuperResolutionPipeline",
+            title="DeepFloyd-IF, stage II",
+            guidance_scale=4.0,
+            inputs={"image": "image"},
+        ),
+        Family(
+            pipeline="DiTPipeline",
+            title="DiT",
+            text_encoders=(),
+            guidance_scale=4.0,
+            single_file={},
+            hosted=True,
+            denoiser="transformer",
+            inputs={"class_label": "class_labels"},
+        ),
+    )
+}
+_KNOWN = {**FAMILIES, **HOSTED}
 
 
 def family_of(pipeline: Any) -> Family:
@@ -87,10 +210,15 @@ def family_of(pipeline: Any) -> Family:
         CheckpointError: it belongs to none.
     """
     for one in type(pipeline).__mro__:
-        if one.__name__ in FAMILIES:
-            return FAMILIES[one.__name__]
-    known = ", ".join(f"a {family.pipeline} ({family.title})" for family in FAMILIES.values())
-    raise CheckpointError(f"This is a {type(pipeline).__name__}; encache runs {known}.")
+        if one.__name__ in _KNOWN:
+            return _KNOWN[one.__name__]
+    raise CheckpointError(f"This is a {type(pipeline).__name__}; {runs(_KNOWN.values())}.")
+
+
+def runs(families: Iterable[Family]) -> str:
+    """What encache runs, in words."""
+    named = ", ".join(f"{family.title} ({family.pipeline})" for family in families)
+    return f"encache runs {named}"
 
 
 def must_upcast(family: Family, vae: Any) -> bool:

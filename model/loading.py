@@ -5,6 +5,7 @@ Everything goes through the diffusers pipeline's own constructor, which repairs 
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ def read_outline(checkpoint: Checkpoint) -> Outline:
     try:
         scheduler_class = getattr(diffusers, checkpoint.index["scheduler"][1])
         family = checkpoint.family
+        if family.hosted:  # whose pipelines repair the same as they are opened
+            return _hosted_outline(checkpoint, folder)
         pipeline = getattr(diffusers, family.pipeline)(
             unet=_configured(diffusers.UNet2DConditionModel, folder / "unet"),
             vae=_configured(getattr(diffusers, checkpoint.index["vae"][1]), folder / "vae"),
@@ -63,6 +66,21 @@ def read_outline(checkpoint: Checkpoint) -> Outline:
     except Exception as error:  # damaged configs surface as any exception of two libraries
         raise CheckpointError(f"{folder} has a damaged config: {reason_of(error)}") from error
     return Outline(pipeline.scheduler, spec)
+
+
+def _hosted_outline(checkpoint: Checkpoint, folder: Path) -> Outline:
+    """The same of a pipeline that keeps its own loop."""
+    import diffusers
+
+    def config_of(part: str) -> Any:
+        model_class = getattr(diffusers, checkpoint.index[part][1])
+        return _configured(model_class, folder / part).config
+
+    family = checkpoint.family
+    codec = config_of(family.codec) if family.codec else None
+    scheduler_class = getattr(diffusers, checkpoint.index["scheduler"][1])
+    scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler")
+    return Outline(scheduler, ImageSpec.of_denoiser(config_of(family.denoiser), codec))
 
 
 def _configured(model_class: Any, folder: Path) -> Any:
@@ -82,6 +100,7 @@ def load_pipeline(
     checkpoint: Checkpoint,
     dtype: "torch.dtype | None" = None,
     device: "torch.device | str" = "cpu",
+    **parts: Any,
 ) -> Any:
     """Load the checkpoint as its family's diffusers pipeline, without safety checker.
 
@@ -89,6 +108,7 @@ def load_pipeline(
         checkpoint: from `find_checkpoint`.
         dtype: of the weights; float32 by default.
         device: that will run it.
+        parts: of the pipeline, in place of the checkpoint's; None for those that are not needed.
 
     Raises:
         CheckpointError: the files are damaged or belong to another architecture.
@@ -97,28 +117,31 @@ def load_pipeline(
 
     dtype = dtype or torch.float32
     _hide_progress_bars()
-    pipeline = _load(checkpoint, dtype)
+    pipeline = _load(checkpoint, dtype, parts)
     _set_schedule(pipeline, checkpoint)
     for text_encoder in checkpoint.family.text_encoders:
         tokenizer, module = tokenizer_of(text_encoder), getattr(pipeline, text_encoder)
-        setattr(pipeline, tokenizer, with_length(getattr(pipeline, tokenizer), module))
+        if hasattr(getattr(module, "config", None), "max_position_embeddings"):  # T5 has none
+            setattr(pipeline, tokenizer, with_length(getattr(pipeline, tokenizer), module))
     if checkpoint.weights and checkpoint.holds == "unet":
         pipeline.unet.load_state_dict(unet_weights(checkpoint, pipeline.unet))
     for edit in checkpoint.edits:
         edit.apply(pipeline)
-    if dtype == torch.float16 and must_upcast(checkpoint.family, pipeline.vae):
+    codec = getattr(pipeline, checkpoint.family.codec, None)
+    if dtype == torch.float16 and codec and must_upcast(checkpoint.family, codec):
         pipeline.vae.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if torch.device(device).type != "cpu":  # there it is, and diffusers would warn of fp16
         pipeline.to(device)
     if torch.device(device).type == "cuda":
         # As its convolutions read them; on a CPU they are a quarter slower that way.
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
+        for module in filter(None, (getattr(pipeline, checkpoint.family.denoiser), codec)):
+            if not checkpoint.family.frames:  # a clip has one dimension more
+                module.to(memory_format=torch.channels_last)
     return pipeline
 
 
-def _load(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+def _load(checkpoint: Checkpoint, dtype: "torch.dtype", parts: Mapping[str, Any]) -> Any:
     """The folder's pipeline, or the single file's, completed by its folder."""
     import diffusers
 
@@ -129,6 +152,7 @@ def _load(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
         "dtype": dtype,
         # Without what pictures do not need, and what perhaps cannot even be loaded.
         **checkpoint.family.loading,
+        **parts,
         "use_safetensors": True,
     }
     try:

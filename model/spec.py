@@ -1,7 +1,7 @@
 """What a model's tensors and pictures are like, and where it may be cut; needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -44,6 +44,20 @@ class TensorSpec:
         """Its shape where the free sizes are these."""
         return tuple(_measure(dimension, sizes) for dimension in self.shape)
 
+    def bind(self, sizes: Mapping[str, int]) -> "TensorSpec":
+        """The same tensor where these sizes are no longer free."""
+        return replace(self, shape=tuple(_bind(dimension, sizes) for dimension in self.shape))
+
+
+def _bind(dimension: Dimension, sizes: Mapping[str, int]) -> Dimension:
+    factors = str(dimension).split("*")
+    bound = [
+        str(_measure(factor, sizes)) if factor.partition("/")[0] in sizes else factor
+        for factor in factors
+    ]
+    numbers = all(factor.isdecimal() for factor in bound)
+    return prod(map(int, bound)) if numbers else "*".join(bound)
+
 
 def _measure(dimension: Dimension, sizes: Mapping[str, int]) -> int:
     if isinstance(dimension, int):
@@ -62,6 +76,13 @@ class GraphSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def bind(self, sizes: Mapping[str, int]) -> "GraphSpec":
+        """The same graph where these sizes are no longer free."""
+        inputs, outputs = (
+            tuple(one.bind(sizes) for one in part) for part in (self.inputs, self.outputs)
+        )
+        return replace(self, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,21 @@ class ImageSpec:
                 "latents_std in its autoencoder's config.json), which encache does not carry. Use "
                 "diffusers' own pipeline, with encache.enable(pipe)."
             )
+        return cls.of_denoiser(unet_config, vae_config)
+
+    @classmethod
+    def of_denoiser(
+        cls, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any] | None
+    ) -> "ImageSpec":
+        """Read it from any denoiser's config, of whose pictures a pipeline of its own takes care.
+
+        Args:
+            unet_config: of a diffusers UNet or transformer.
+            vae_config: of its autoencoder; None where it draws pixels.
+
+        Raises:
+            CheckpointError: it does not say for which size it was trained.
+        """
         size = unet_config["sample_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size or ())
         if len(sides) != 2:
@@ -117,8 +153,8 @@ class ImageSpec:
         return cls(
             channels=unet_config["in_channels"],
             sample_size=sides,
-            downscale=cls.downscale_of(vae_config),
-            scaling_factor=vae_config["scaling_factor"],
+            downscale=cls.downscale_of(vae_config) if vae_config else 1,
+            scaling_factor=vae_config["scaling_factor"] if vae_config else 1.0,
         )
 
     @staticmethod

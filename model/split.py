@@ -113,7 +113,7 @@ class Decoder(_Half):
         repeated = {
             name: tensor.repeat(num_calls, *[1] * (tensor.ndim - 1))
             for name, tensor in conditions.items()
-            if name not in self._backbone.residuals
+            if name not in {one.name for one in self._backbone.residuals}
         }
         if "F" in self._backbone.latents.shape:  # then each row is a frame
             batch = next(iter(conditions.values())).shape[0]
@@ -121,8 +121,7 @@ class Decoder(_Half):
             sizes = sizes.unflatten(0, (num_calls * batch, frames)).transpose(1, 2)
         timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         timesteps = timesteps.expand(num_calls, batch).flatten()
-        children = self._backbone.repeated(self.module, num_calls)
-        return _replay(self._backbone, self._stages, outputs, sizes, timesteps, repeated, children)
+        return _replay(self._backbone, self._stages, outputs, sizes, timesteps, repeated, num_calls)
 
 
 class Halves:
@@ -159,13 +158,17 @@ class _Stop(Exception):  # noqa: N818  # nothing went wrong
     """The encoder has what it needs."""
 
 
-def _copy(backbone: Backbone, children: Mapping[str, Any] | None = None) -> Any:
-    """A shallow copy of the module that runs at any size, with some other children."""
+def _copy(backbone: Backbone, children: Mapping[str, Any] | None = None, num_calls: int = 1) -> Any:
+    """A shallow copy of the module that runs at any size, with some other children.
+
+    It runs so many calls in one batch.
+    """
     replaced = {
         path: ChildStandIn(child := backbone.module.get_submodule(path), partial(function, child))
         for path, function in backbone.replaced.items()
     }
-    copied = with_children(backbone.module, {**replaced, **(children or {})})
+    repeated = backbone.repeated(backbone.module, num_calls)
+    copied = with_children(backbone.module, {**replaced, **repeated, **(children or {})})
     copied.__dict__.pop("forward", None)  # what somebody put there would run the original
     for name, value in backbone.fixed.items():
         setattr(copied, name, value)
@@ -207,9 +210,9 @@ def _replay(
     latents: Tensor,
     timesteps: Tensor,
     conditions: Conditions,
-    others: Mapping[str, Any],
+    num_calls: int = 1,
 ) -> Tensor:
-    """Run the forward with recorded outputs for the stages, and with some other children.
+    """Run the forward with recorded outputs for the stages, for so many calls in one batch.
 
     Of the latents only the size counts.
     """
@@ -219,7 +222,7 @@ def _replay(
         )
         for path, output in zip(stages, outputs, strict=True)
     }
-    copied = _copy(backbone, {**others, **children})
+    copied = _copy(backbone, children, num_calls)
     return backbone.call(copied, latents, timesteps, conditions)
 
 
@@ -282,14 +285,15 @@ def _find_crossing(module_class: Any, config: str, cut: Cut) -> _Crossing:
         inputs, others = (shapes_alone(backbone, sizes) for sizes in _TRIED)
         outputs, other_outputs = (_record(backbone, stages, *one) for one in (inputs, others))
         with _Reads() as reads:
-            _replay(backbone, stages, outputs, *inputs, {})
+            _replay(backbone, stages, outputs, *inputs)
     leaves, other_leaves = tree_leaves(outputs), tree_leaves(other_outputs)
     # A stage may return one tensor twice, as hidden state and as skip; its last place counts.
     places = {id(one): place for place, one in enumerate(leaves)}
     distinct = sorted(places.values())
     live = tuple(place for place in distinct if id(leaves[place]) in reads.seen)
     numbers = {place: number for number, place in enumerate(live)}
-    residual_of = dict(zip(distinct, backbone.residuals, strict=False))
+    residuals = [one.name for one in backbone.residuals]
+    residual_of = dict(zip(distinct, residuals, strict=False))
     last = tree_leaves(outputs[-1])
     names = {place: f"skip_{number}" for number, place in enumerate(distinct)}
     if len(last) == 1:

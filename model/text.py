@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,15 @@ def with_length(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel") -> "C
     bounded = copy.deepcopy(tokenizer)
     bounded.model_max_length = length
     return bounded
+
+
+def text_length(pipeline: Any) -> int:
+    """How many tokens the denoiser of a diffusers pipeline is told.
+
+    CLIP's are 77, of which DeepFloyd-IF takes as many from a T5 that could read more.
+    """
+    tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+    return min([77, *(one.model_max_length for one in tokenizers if one is not None)])
 
 
 #: A tokenizer keeps the padding and truncation of its latest call, so threads take turns.

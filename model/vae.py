@@ -61,11 +61,14 @@ class Autoencoder:
             )
         except Exception as error:  # damaged files surface as any exception of three libraries
             raise CheckpointError(f"{folder} could not be loaded: {reason_of(error)}") from error
-        old, new = (ImageSpec.of(pipeline.unet.config, one.config) for one in (pipeline.vae, vae))
-        if new.downscale != old.downscale or vae.config.latent_channels != old.channels:
+        old, new = (
+            (one.config.latent_channels, ImageSpec.downscale_of(one.config))
+            for one in (pipeline.vae, vae)
+        )
+        if new != old:
             raise CheckpointError(
-                f"{folder} has {vae.config.latent_channels} latent channels at 1/{new.downscale} "
-                f"of the picture's size, this model {old.channels} at 1/{old.downscale}."
+                f"{folder} has {new[0]} latent channels at 1/{new[1]} of the picture's size, this "
+                f"model {old[0]} at 1/{old[1]}."
             )
         pipeline.register_modules(vae=vae)
 

@@ -5,7 +5,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from encache.contract.library import TENSORRT_BACKENDS
-from encache.contract.manifest import REBUILD, Manifest, read_verified
+from encache.contract.manifest import (
+    REBUILD,
+    Manifest,
+    read_verified,
+    refuse_denoiser_alone,
+)
 from encache.errors import EngineError
 from encache.files import parse_json
 from encache.model.family import tokenizer_of
@@ -34,6 +39,7 @@ def open_parts(folder: Path, manifest: Manifest) -> Parts:
     Raises:
         EngineError: a file was altered, or the backend is unknown.
     """
+    refuse_denoiser_alone(folder, manifest)
     graphs, device = open_graphs(folder, manifest)
     backend = manifest.identity.backend
     engines = GraphEngines(manifest, graphs, device, capturable=backend in TENSORRT_BACKENDS)

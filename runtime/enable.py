@@ -10,6 +10,7 @@ from typing import Any
 
 from encache.errors import EncacheError, PlanError
 from encache.model.backbone import backbone_of
+from encache.model.family import HOSTED
 from encache.model.spec import DEFAULT_CUT
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
 from encache.runtime.engines import Engines, TorchEngines
@@ -23,6 +24,8 @@ from encache.runtime.standins import CachedControlNet, CachedDenoiser, NoisySche
 _DENOISERS = ("unet", "transformer")
 #: Names of all parts that may have a stand-in.
 _PARTS = (*_DENOISERS, "controlnet", "scheduler")
+#: Pipelines that let their denoiser attend across frames while they run.
+_ACROSS_FRAMES = [one.pipeline for one in HOSTED.values() if one.across_frames]
 
 
 def enable(
@@ -69,12 +72,14 @@ def enable(
     denoiser, controlnet = (_original(getattr(pipe, one, None)) for one in (part, "controlnet"))
     backbone = backbone_of(denoiser)
     if controlnet is not None:
-        if engines is not None:
-            raise EncacheError(
-                "Engines do not take what a ControlNet adds: enable this pipeline without engines."
-            )
         _refuse_control_of_another_model(controlnet, denoiser)
-    open_engines = _opener(denoiser, asked, engines)
+    open_engines = _opener(
+        denoiser,
+        asked,
+        engines,
+        controlled=controlnet is not None,
+        across_frames=any(one.__name__ in _ACROSS_FRAMES for one in type(pipe).__mro__),
+    )
     # Opening refuses now, not in the middle of a picture.
     policy = replace(policy, cut=open_engines().cut)
     disable(pipe)
@@ -121,11 +126,13 @@ def _policy(
     return Policy(stride, key_calls, blend, prior_noise, cut), None
 
 
-def _opener(denoiser: Any, cut: str | None, folder: str | Path | None) -> Callable[[], Engines]:
+def _opener(
+    denoiser: Any, cut: str | None, folder: str | Path | None, **adding: bool
+) -> Callable[[], Engines]:
     """What makes the engines of a generation: PyTorch's anew, as the denoiser may have changed."""
     if folder is None:
         return lambda: TorchEngines(denoiser, cut or DEFAULT_CUT)
-    engines = open_folder(Path(folder), denoiser, cut)
+    engines = open_folder(Path(folder), denoiser, cut, **adding)
     return lambda: engines
 
 

@@ -74,12 +74,17 @@ def allocate_ring(engines: Engines, num_slots: int, latents: Sequence[int]) -> l
 
     It is not yet cleared.
     """
-    batch, _, *sides = latents
-    sizes = {"B": batch, **dict(zip("whF", reversed(sides), strict=False))}
+    sizes = sizes_of(latents)
     return [
         torch.empty(num_slots, *feature.size(sizes), dtype=engines.dtype, device=engines.device)
         for feature in engines.features
     ]
+
+
+def sizes_of(latents: Sequence[int]) -> dict[str, int]:
+    """Free sizes by name, of latents [B, C, h, w] or [B, C, F, h, w]."""
+    batch, _, *sides = latents
+    return {"B": batch, **dict(zip("whF", reversed(sides), strict=False))}
 
 
 class Graph(Protocol):
@@ -132,8 +137,7 @@ class GraphEngines:
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         inputs = {"latents": latents, "timestep": timestep, **conditions}
-        batch, _, height, width = latents.shape
-        run = run_graph(self._graphs["unet"], inputs, self.dtype, B=batch, h=height, w=width)
+        run = run_graph(self._graphs["unet"], inputs, self.dtype, **sizes_of(latents.shape))
         return run["noise"]
 
     def encode(
@@ -156,8 +160,8 @@ class GraphEngines:
             "timesteps": timesteps,
             **conditions,
         }
-        # The first feature is as large as the latents.
-        sizes = {"K": len(weights), "B": ring[0].shape[1]}
+        # The first feature is as large as the latents, but a clip's frames are its rows.
+        sizes = {"K": len(weights), "B": len(next(iter(conditions.values())))}
         sizes |= {"h": ring[0].shape[-2], "w": ring[0].shape[-1]}
         return run_graph(self._graphs["unet_decoder"], inputs, self.dtype, **sizes)["noise"]
 

@@ -20,7 +20,7 @@ from encache.export.build import (
     find_engines,
 )
 from encache.model.checkpoint import Checkpoint, find_checkpoint
-from encache.model.family import empty_is_zero, family_of, must_upcast
+from encache.model.family import FAMILIES, empty_is_zero, family_of, must_upcast, runs
 from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID, Preset
 from encache.model.spec import DEFAULT_CUT, NO_CUT, Cut, ImageSpec
@@ -94,6 +94,11 @@ class FromPretrained:
             EncacheError: encache runs no such pipeline, or it reads what encache does not carry.
         """
         family = family_of(pipeline)
+        if family.hosted:
+            raise EncacheError(
+                f"This is a {family.pipeline}, which keeps its own loop; encache.enable(pipe) "
+                f"caches inside it. Here {runs(FAMILIES.values())}."
+            )
         if cut != NO_CUT and hasattr(pipeline.unet, "_hf_hook"):
             raise EncacheError(
                 "This pipeline's weights are offloaded to the CPU, which a cut does not follow "

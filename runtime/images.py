@@ -9,6 +9,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,6 +17,8 @@ from encache.files import write_new
 
 #: Key of the JSON text in a PNG's metadata.
 METADATA_KEY = "encache"
+#: Of each frame of a clip: eight in a second.
+FRAME_MILLISECONDS = 125
 
 
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Path:
@@ -24,12 +27,42 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Pat
     Returns:
         `path`, or where that is taken the same name with a number: path-2.png.
     """
-    encoded = encode_png(image, metadata)
+    return _save(encode_png(image, metadata), path)
+
+
+def _save(encoded: bytes, path: Path) -> Path:
     for free in _candidates(path):
         with suppress(FileExistsError):  # perhaps since a moment ago
             write_new(free, encoded)
             break
     return free
+
+
+def save_gif(frames: np.ndarray, path: Path, metadata: Mapping[str, Any]) -> Path:
+    """The same for a clip.
+
+    Args:
+        frames: [F, H, W, 3] between 0 and 1.
+        path: of the file.
+        metadata: goes into the comment, where a GIF has room for text.
+    """
+    first, *others = map(to_image, frames)
+    encoded = io.BytesIO()
+    first.save(
+        encoded,
+        format="GIF",
+        save_all=True,
+        append_images=others,
+        duration=FRAME_MILLISECONDS,
+        loop=0,
+        comment=_to_json(metadata).encode(),
+    )
+    return _save(encoded.getvalue(), path)
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """A picture of pixels [H, W, 3] between 0 and 1."""
+    return Image.fromarray((pixels * 255).round().astype("uint8"))
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
@@ -41,8 +74,8 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
     return encoded.getvalue()
 
 
-def find_png(path: Path, metadata: Mapping[str, Any]) -> Path | None:
-    """The picture with this metadata among those that `save_png` has put under this name."""
+def find_picture(path: Path, metadata: Mapping[str, Any]) -> Path | None:
+    """The picture or clip with this metadata among those that were saved under this name."""
     wanted = json.loads(_to_json(metadata))
     taken = takewhile(Path.exists, _candidates(path))
     return next((one for one in taken if _metadata_of(one) == wanted), None)
@@ -67,14 +100,14 @@ def _metadata_of(path: Path) -> dict[str, Any] | None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that `save_png` wrote, or an empty dict."""
+    """The metadata that `save_png` or `save_gif` wrote, or an empty dict."""
     with Image.open(path) as image:
-        return json.loads(image.info.get(METADATA_KEY, "{}"))
+        return json.loads(image.info.get(METADATA_KEY) or image.info.get("comment", "{}"))
 
 
-def file_name(index: int, prompt: str, seed: int) -> str:
+def file_name(index: int, prompt: str, seed: int, suffix: str = ".png") -> str:
     """A readable name that no two pictures of a run share: 000-red-apple-s0.png."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
     # Names are bounded in bytes, and a letter may take four.
     slug = words.encode()[:120].decode(errors="ignore") or "prompt"
-    return f"{index:03d}-{slug}-s{seed}.png"
+    return f"{index:03d}-{slug}-s{seed}{suffix}"

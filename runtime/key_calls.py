@@ -56,6 +56,11 @@ def named_key_calls(name: str, num_calls: int) -> tuple[int, ...]:
     return lists[num_calls]
 
 
+def listed_key_calls(asked: Sequence[int] | str, num_calls: int) -> tuple[int, ...]:
+    """The key calls themselves, or what is published under a name for this number of calls."""
+    return named_key_calls(asked, num_calls) if isinstance(asked, str) else tuple(asked)
+
+
 def check_key_calls(key_calls: Sequence[int], num_calls: int) -> tuple[int, ...]:
     """Return the key calls, or raise PlanError unless they rise from 0 within the calls."""
     calls = tuple(key_calls)

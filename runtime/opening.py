@@ -9,7 +9,7 @@ import click
 
 from encache.contract.dtypes import default_dtype
 from encache.contract.library import TENSORRT_BACKENDS
-from encache.contract.manifest import Manifest, read_manifest
+from encache.contract.manifest import Manifest, read_manifest, refuse_denoiser_alone
 from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, most_rows
 from encache.errors import CheckpointError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions, refuse_without_cut
@@ -52,6 +52,7 @@ class Opening:
         """
         if one_folder:
             manifest = read_manifest(one_folder)
+            refuse_denoiser_alone(one_folder, manifest)
             identity = manifest.identity
             backend = identity.backend
             return cls(manifest, None, identity.cut, identity.dtype, backend, engine_dir)
@@ -205,10 +206,10 @@ def _most_calls(target: Target | None, backend: str, cut: Cut) -> int | None:
 
 
 def _resolve_key_calls(key_calls: KeyCalls, scheduler: "Scheduler", steps: int) -> tuple[int, ...]:
-    from encache.runtime.key_calls import paper_key_calls
+    from encache.runtime.key_calls import listed_key_calls
     from encache.runtime.solver import count_calls
 
-    return paper_key_calls(count_calls(scheduler, steps)) if key_calls == "paper" else key_calls
+    return listed_key_calls(key_calls, count_calls(scheduler, steps))
 
 
 def _by_plan(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,28 +15,28 @@ from encache.model.preset import Preset
 from encache.model.spec import Cut
 from encache.options import names_of, option
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, DEFAULT_STRIDE, Blend
+from encache.runtime.key_calls import NAMED_KEY_CALLS
 from encache.runtime.schedulers import SCHEDULERS
 from encache.runtime.settings import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from encache.runtime.planfile import FittedPlan
 
-KeyCalls = tuple[int, ...] | Literal["paper"]
+#: Listed, or the name of a published list.
+KeyCalls = tuple[int, ...] | str
 
 
 def parse_key_calls(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> KeyCalls | None:
-    """Key calls as they are typed: 0,5,10, or the word paper."""
-    if value is None:
-        return None
-    if value == "paper":
-        return "paper"
+    """Key calls as they are typed: 0,5,10, or the name of a published list."""
+    if value is None or value in NAMED_KEY_CALLS:
+        return value
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
         raise click.BadParameter(
-            f"{value!r} is not a list like 0,5,10 or the word paper."
+            f"{value!r} is not a list like 0,5,10, nor one of {', '.join(NAMED_KEY_CALLS)}."
         ) from None
 
 
@@ -69,7 +69,8 @@ class SamplingOptions(SolverOptions):
     )
     key_calls: KeyCalls | None = option(
         callback=parse_key_calls,
-        help="Key calls instead, as 0,5,10, or 'paper' for Faster Diffusion's list.",
+        help="Key calls instead, as 0,5,10, or 'paper' for Faster Diffusion's list; 'if-1' and "
+        "'if-2' for DeepFloyd-IF's.",
     )
     blend: Blend | None = option(
         type=click.Choice(BLENDS), show_default=f"the weights' own, or {DEFAULT_BLEND}"
