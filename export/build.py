@@ -273,7 +273,9 @@ def _export(request: Request, folder: Path, report: Report) -> _Exported:
     # Smaller pictures shrink to one pixel inside the UNet.
     height, width = (max(side, 16) for side in spec.sample_size)
     length = text_length(pipeline)
-    sizes = {"B": 2, "K": 3, "L": length, "M": 2, "h": height, "w": width}
+    # Two clips of two frames, because the exporter keeps what is 1 in its example.
+    batch = 4 if request.checkpoint.family.across_frames else 2
+    sizes = {"B": batch, "K": 3, "L": length, "M": 2, "h": height, "w": width}
     for graph in graphs:
         report(f"exporting {graph.spec.name}")
         (folder / graph.spec.name).mkdir()

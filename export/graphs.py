@@ -120,9 +120,7 @@ def write_onnx(graph: Graph, folder: Path, sizes: Sizes) -> Path:
 def _free_dimensions(inputs: tuple[TensorSpec, ...]) -> dict[str, dict[int, Any]]:
     """One Dim for each size that has a name; levels halve with rounding, so each has its own."""
     named = {one for spec in inputs for one in spec.shape if isinstance(one, str)}
-    plain = {
-        one: Dim(one.replace("/", "_"), **_BOUNDS.get(one, {})) for one in named if "*" not in one
-    }
+    plain = {one: Dim(one.replace("/", "_"), **_bounds(one)) for one in named if "*" not in one}
     dims = {**plain, **{one: _multiple(one, plain) for one in named - plain.keys()}}
     return {
         one.name: {
@@ -132,6 +130,12 @@ def _free_dimensions(inputs: tuple[TensorSpec, ...]) -> dict[str, dict[int, Any]
         }
         for one in inputs
     }
+
+
+def _bounds(dimension: str) -> dict[str, int]:
+    """What holds for a size, and so for its half or quarter, which is rounded up."""
+    name, _, divisor = dimension.partition("/")
+    return {end: -(-one // int(divisor or 1)) for end, one in _BOUNDS.get(name, {}).items()}
 
 
 def _multiple(dimension: str, dims: Mapping[str, Any]) -> Any:
