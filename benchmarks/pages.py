@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/performance.md and docs/study.md from benchmarks/*.json.
+"""Write the tables of README.md and of docs/ from benchmarks/*.json.
 
     python benchmarks/pages.py
 
@@ -50,6 +50,23 @@ SAMPLERS = {
     "two runs, 8 steps, mid, reuse, stride 4, guidance 1": "two encoder runs (not shipped)",
     "shipped, 3 steps": "plain sampler, 3 steps",
     "shipped for one run, 4 steps, mid, reuse, stride 4, guidance 1": "one encoder run (`--fast`)",
+}
+#: Rows of docs/pipelines.md's tables: what the benchmark calls them, and what a reader does.
+NAMES = {
+    "image": "Stable Diffusion, image to image",
+    "inpainting, 4 channels": "inpainting, 4 channels",
+    "inpainting, 9 channels": "inpainting, 9 channels",
+    "xl refiner": "XL's refiner",
+    "xl inpainting": "XL inpainting, 9 channels",
+    "controlnet": "ControlNet",
+    "controlnet, xl": "ControlNet for XL",
+    "latent consistency": "LCM",
+    "turbo": "Turbo",
+    "if-1": "DeepFloyd-IF, stage I",
+    "if-2": "DeepFloyd-IF, stage II",
+    "dit": "DiT",
+    "text2video-zero": "Text2Video-Zero",
+    "videofusion": "VideoFusion",
 }
 #: Manifests of compiled engines, or what was noted of them, by shape and cut.
 MANIFESTS = {
@@ -203,6 +220,43 @@ def engines_table(manifests: Mapping[tuple[str, str], Mapping[str, Any]]) -> str
     return markdown(["shape", "cut", "seconds", *parts], cells)
 
 
+def systems_table(report: Mapping[str, Any]) -> str:
+    """What a picture of every pipeline costs, in full and cached."""
+
+    def change(pair: Sequence[float]) -> str:
+        full, cached = (significant(one, 3) for one in pair)
+        return f"{full} to {cached}" if pair[0] else ""
+
+    cells = []
+    for system, name in NAMES.items():
+        for one in report["systems"][system]["caches"]:
+            counts = (str(one[key]) for key in ("calls", "encoder_runs", "decoder_runs"))
+            parts = (one["mflop"][part] for part in ("denoiser", "controlnet", "codec"))
+            what = "output" if one["cut"] == "none" else f"features, cut {one['cut']}"
+            cells.append((name, what, *counts, *map(change, (*parts, one["seconds"]))))
+    heads = ["pipeline", "what is cached", "calls", "encoder runs", "decoder runs"]
+    return markdown([*heads, "denoiser, MFLOP", "ControlNet", "codec", "seconds"], cells)
+
+
+def halves_table(report: Mapping[str, Any]) -> str:
+    """How near both halves are to PyTorch in ONNX Runtime, and what TensorRT-RTX made of them."""
+    cells = []
+    for system, name in NAMES.items():
+        one = report["systems"][system]
+        sizes = ", ".join(f"{size / 2**20:.1f}" for size in one["tensorrt_bytes"].values())
+        cut = one["caches"][-1]["cut"]
+        cells.append((name, cut, f"{one['onnxruntime_error']:.0e}", sizes))
+    heads = ["pipeline", "cut", "ONNX Runtime against PyTorch"]
+    return markdown([*heads, "encoder and decoder for an RTX 4090, MiB"], cells)
+
+
+def fill_pipelines(page: str) -> str:
+    """docs/pipelines.md with its tables."""
+    report = read("systems.json")
+    page = fill(page, "systems", systems_table(report))
+    return fill(page, "halves", halves_table(report))
+
+
 def fill_readme(page: str) -> str:
     """README.md with its tables."""
     page = fill(page, "cpu", cpu_table(read("cpu.json")))
@@ -228,6 +282,7 @@ def fill_study(page: str) -> str:
 PAGES: dict[str, Callable[[str], str]] = {
     "README.md": fill_readme,
     "docs/performance.md": fill_performance,
+    "docs/pipelines.md": fill_pipelines,
     "docs/study.md": fill_study,
 }
 

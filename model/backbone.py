@@ -334,7 +334,7 @@ class _FirstFrameAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         if encoder_hidden_states is None:
-            rows = len(hidden_states)
+            rows = hidden_states.shape[0]  # len would be kept as a number by a graph
             frames = rows // self.batch_size
             places = torch.arange(rows, device=hidden_states.device)
             encoder_hidden_states = hidden_states[places // frames * frames]

@@ -2,9 +2,10 @@
 
 Run, in an empty folder, with the tiny test model in place of every `path/to/...`, of NAME-KEY and
 of the default model:
-    encache-run      all but those for TensorRT or OpenVINO, with a LoRA or a fitted plan, or
-                     with weights of encache-train or --fast; --compare with one seed
-                     instead of five
+    encache-run      all but those for TensorRT or OpenVINO, with a LoRA or a fitted plan, with
+                     weights of encache-train or --fast, or with models of other pipelines
+                     (tests/runtime/test_host.py runs these); --compare with one seed instead of
+                     five
     encache-export   those whose engines the tests have built already: they say so
     encache-eval     with --dry-run, which opens the models and lists what would be drawn
     python blocks    all
@@ -122,6 +123,8 @@ def terminal(tmp_path_factory, model_folder, engine_folder):
     for name in ("plans.json", "prompts.csv", "prompts.parquet", "token.txt"):
         (folder / name).write_text("a file that only has to be there")
     (folder / "path/to/pictures").mkdir()
+    for name in ("photo.png", "mask.png", "edges.png"):
+        Image.new("RGB", (16, 16), "gray").save(folder / name)
     (folder / "val2014").mkdir()
     (folder / "prompts.txt").write_text("a red apple\na green pear\n")
     captions = {"annotations": [{"image_id": 1, "id": 1, "caption": "a red apple"}]}
@@ -157,6 +160,7 @@ def type_command(name, arguments, monkeypatch):
     """Run or parse one of encache's commands; see the module."""
     command, text = console_command(name), " ".join(arguments)
     heavy = ("tensorrt", "openvino", "--lora", "--fast", "--plan", ".safetensors", "--variant")
+    heavy += ("--controlnet", "--class-label", "--num-frames", "path/to/inpainting", "--pipeline")
     if name == "encache-eval":
         assert call(command, [*arguments, "--dry-run"]).stdout.splitlines()
     elif name == "encache-run" and not any(word in text for word in heavy):

@@ -193,7 +193,7 @@ def test_other_pipeline_class(model_folder, tmp_path):
     index = json.loads((copy / "model_index.json").read_text())
     index["_class_name"] = "FluxPipeline"
     (copy / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="text-to-image checkpoints"):
+    with pytest.raises(CheckpointError, match="is a FluxPipeline; encache runs Stable Diffusion"):
         find_checkpoint(copy)
 
 
