@@ -242,12 +242,13 @@ def halves_table(report: Mapping[str, Any]) -> str:
     """How near both halves are to PyTorch in ONNX Runtime, and what TensorRT-RTX made of them."""
     cells = []
     for system, name in NAMES.items():
-        one = report["systems"][system]
-        sizes = ", ".join(f"{size / 2**20:.1f}" for size in one["tensorrt_bytes"].values())
-        cut = one["caches"][-1]["cut"]
-        cells.append((name, cut, f"{one['onnxruntime_error']:.0e}", sizes))
+        if (one := report["systems"][system].get("engines")) is None:
+            continue
+        layers = " and ".join(map(str, one["tensorrt_layers"].values()))
+        cut = report["systems"][system]["caches"][-1]["cut"]
+        cells.append((name, cut, f"{one['onnxruntime_error']:.0e}", layers))
     heads = ["pipeline", "cut", "ONNX Runtime against PyTorch"]
-    return markdown([*heads, "encoder and decoder for an RTX 4090, MiB"], cells)
+    return markdown([*heads, "layers of both halves in TensorRT-RTX"], cells)
 
 
 def fill_pipelines(page: str) -> str:

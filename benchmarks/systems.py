@@ -3,11 +3,12 @@
     python -m benchmarks.systems            # writes benchmarks/systems.json; what is there stays
 
 For each: the counted arithmetic of a picture, full and cached, runs and seconds; its denoiser is
-exported in two halves, drawn with from ONNX Runtime, and compiled by TensorRT-RTX for compute
-capability 8.9, where that is installed. Shares of the arithmetic are those of these small models.
+exported in two halves, drawn with from ONNX Runtime, and read by TensorRT-RTX, with --compile also
+compiled for compute capability 8.9. Shares of the arithmetic are those of these small models.
 Needs the tests' packages (`pip install ".[test,rtx]"`).
 """
 
+import argparse
 import json
 import tempfile
 import time
@@ -166,8 +167,8 @@ def shown(pipe: Any, system: System) -> None:
     )
 
 
-def measure_engines(pipe: Any, system: System, folder: Path) -> dict[str, Any]:
-    """Both halves from ONNX Runtime beside PyTorch, and through TensorRT-RTX's compiler."""
+def measure_engines(pipe: Any, system: System, folder: Path, compiling: bool) -> dict[str, Any]:
+    """Both halves from ONNX Runtime beside PyTorch, and as TensorRT-RTX reads or compiles them."""
     pipe.save_pretrained(folder / "model")
     checkpoint = find_checkpoint(folder / "model", hosted=True)
     frames = system.arguments.get("num_frames", 0)
@@ -183,12 +184,19 @@ def measure_engines(pipe: Any, system: System, folder: Path) -> dict[str, Any]:
         "export_seconds": seconds,
         "parity": read_manifest(engines).parity,
         "onnxruntime_error": float((ours - expected).norm() / expected.norm()),
-        "tensorrt_bytes": compile_all(checkpoint, engines),
+        "tensorrt_layers": read_all(engines),
+        **({"tensorrt_bytes": compile_all(checkpoint, engines)} if compiling else {}),
     }
 
 
+def read_all(engines: Path) -> dict[str, int]:
+    """Layers of each of the denoiser's graphs, as TensorRT-RTX reads it."""
+    graphs = [one.name for one in read_manifest(engines).graphs if one.name.startswith("unet")]
+    return {name: Compiler(RTX, engines / name / ONNX).network.num_layers for name in graphs}
+
+
 def compile_all(checkpoint: Checkpoint, engines: Path) -> dict[str, int]:
-    """Size of each compiled graph of the denoiser, for an RTX 4090."""
+    """Bytes of each of the denoiser's graphs, compiled for an RTX 4090."""
     manifest = read_manifest(engines)
     height, width = manifest.spec.picture_size
     rows = rows_of(checkpoint)
@@ -203,21 +211,30 @@ def compile_all(checkpoint: Checkpoint, engines: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Measure what is not there yet."""
+    """Measure what is not there yet, what costs little first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="also compile, for minutes each")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {"systems": {}}
-    for name in NAMES:
-        if name in known["systems"]:
-            continue
-        system = SYSTEMS[name]
-        pipe = system.make()
-        caches = [measure_cache(pipe, system, cut) for cut in (NO_CUT, system.cut)]
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure_engines(pipe, system, Path(folder))
-        known["systems"][name] = {"caches": caches, **found}
-        known["machine"], known["stride"] = describe_machine(), STRIDE
-        write_json(RESULT, known)
-        print(name, json.dumps(known["systems"][name]), flush=True)
+    for part in ("caches", "engines"):
+        for name in NAMES:
+            found = known["systems"].setdefault(name, {})
+            if part not in found:
+                found[part] = measure(name, part, options.compile)
+                known["machine"], known["stride"] = describe_machine(), STRIDE
+                write_json(RESULT, known)
+                print(name, json.dumps(found[part]), flush=True)
+
+
+def measure(name: str, part: str, compiling: bool) -> Any:
+    """Both ways to cache of one system, or its engines."""
+    system = SYSTEMS[name]
+    pipe = system.make()
+    if part == "caches":
+        return [measure_cache(pipe, system, cut) for cut in (NO_CUT, system.cut)]
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_engines(pipe, system, Path(folder), compiling)
 
 
 if __name__ == "__main__":
