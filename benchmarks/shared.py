@@ -60,7 +60,7 @@ LONG = {
     "--stride": "10",
     "--timestep-spacing": "leading",
     "--prediction": "epsilon",
-    "--num-pairs": "36608",
+    "--num-pairs": "4096",
     "--train-batch-size": "8",
     "--learning-rate": "3e-4",
     "--max-train-steps": "450",
