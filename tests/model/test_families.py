@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
+    CrossFrameAttnProcessor2_0,
+)
 
 from encache.errors import CheckpointError
-from encache.model.backbone import backbone_of
+from encache.model.backbone import attend_across_frames, backbone_of
+from encache.model.spec import TensorSpec
 from encache.model.split import Halves
 from tests.conftest import TEXT_WIDTH, XL_UNET, tiny_unet
 from tests.families import tiny_controlnet, tiny_dit, tiny_if_unet, tiny_video_unet
@@ -114,6 +118,8 @@ def test_residuals_belong_to_the_features(cut, unet_changes):
     plain = unet(latents, timestep, conditions["text"], added_cond_kwargs=added).sample
     assert not torch.allclose(whole, plain, atol=1e-2)
     read = backbone_of(unet).read(given)
+    shapes = [one.size({"B": 2, "h": 16, "w": 16}) for one in backbone_of(unet).residuals]
+    assert shapes == [tuple(one.shape) for one in (*down, mid)]
     halves = Halves(unet, cut)
     ring = [one[None] for one in halves.encoder(latents, timestep, read)]
     # The decoder needs no residuals, and takes none.
@@ -138,3 +144,26 @@ def test_what_no_condition_carries_is_refused():
     down = {"down_block_additional_residuals": [one] * 4, "mid_block_additional_residual": one}
     with pytest.raises(CheckpointError, match="gives 5 residuals to a model that adds 9"):
         backbone.read(down)
+
+
+@torch.no_grad()
+def test_attention_across_frames_is_that_of_diffusers():
+    """For two clips of three frames."""
+    unet = tiny_unet()
+    latents, timestep = torch.randn(6, 4, 8, 8), torch.tensor([7])
+    conditions = {"text": torch.randn(6, 5, TEXT_WIDTH)}
+    backbone = backbone_of(unet)
+    alone = backbone.call(unet, latents, timestep, conditions)
+    unet.set_attn_processor(CrossFrameAttnProcessor2_0(batch_size=2))
+    expected = backbone.call(unet, latents, timestep, conditions)
+    attend_across_frames(unet)
+    ours = backbone.call(unet, latents, timestep, conditions)
+    assert not torch.allclose(alone, expected, atol=1e-3)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_sizes_that_are_not_free():
+    spec = TensorSpec("clip", ("B*F", 4, "h/2", "w"))
+    assert spec.bind({"F": 16}).shape == ("B*16", 4, "h/2", "w")
+    assert spec.bind({"F": 16, "h": 9}).shape == ("B*16", 4, 5, "w")
+    assert spec.bind({"B": 2, "F": 3, "h": 8, "w": 6}).shape == (6, 4, 4, 6)

@@ -313,3 +313,16 @@ def test_refusals(run, models, ckpt, words, code, said, tmp_path):
 def test_other_commands_refuse_such_checkpoints(models):
     result = CliRunner().invoke(bench, ["--ckpt", str(models / "dit")])
     assert_one_sentence(result, 1, "is a DiTPipeline (DiT), which keeps its own loop")
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "words", "said"),
+    [
+        ("text", ("--pipeline", "DiTPipeline"), ["It can be: StableDiffusionImg2ImgPipeline"]),
+        ("dit", ("--pipeline", "StableDiffusionImg2ImgPipeline"), ["It can be: no other"]),
+        ("dit", ("--num-frames", "3"), ["--num-frames means nothing for DiT"]),
+    ],
+)
+def test_what_cannot_be_exported(models, ckpt, words, said):
+    result = CliRunner().invoke(export, ["--ckpt", str(models / ckpt), *words])
+    assert_one_sentence(result, 1, *said)
