@@ -225,7 +225,9 @@ def systems_table(report: Mapping[str, Any]) -> str:
 
     def change(pair: Sequence[float]) -> str:
         full, cached = (significant(one, 3) for one in pair)
-        return f"{full} to {cached}" if pair[0] else ""
+        if full == cached:
+            return full if pair[0] else ""
+        return f"{full} to {cached}"
 
     cells = []
     for system, name in NAMES.items():
