@@ -5,6 +5,7 @@ import os
 import pickle
 from collections import abc
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from encache.serve.rows import Row
 
 #: Batches that a worker of Ray takes at once: handing them out takes time, and so does a stop.
 _BATCHES_AT_ONCE = 4
+#: Pictures that are written at once: a disk takes no longer for several than for one.
+WRITERS = 8
 
 Batch = list[Order]
 #: Batches' places and their pictures as PNG files, in any order.
@@ -86,15 +89,14 @@ def draw_rows(rows: Sequence[Row], recipe: Recipe, output: Output, draw: Draw) -
     with (
         progress(total=len(rows), initial=there, unit="picture", desc="Drawing") as bar,
         closing(drawn),
+        ThreadPoolExecutor(WRITERS) as writers,
     ):
         for number, pictures in drawn:
-            new = []
-            for place, picture in zip(batches[number], pictures, strict=True):
-                row = rows[place]
-                if row.key not in output.done:
-                    output.save(row, picture)
-                    new.append(row)
-            output.record(new)
+            batch = zip((rows[place] for place in batches[number]), pictures, strict=True)
+            new = [(row, picture) for row, picture in batch if row.key not in output.done]
+            for _ in writers.map(output.save, *zip(*new, strict=True)):
+                pass
+            output.record([row for row, _ in new])
             bar.update(len(new))
     output.finish()
 
