@@ -237,7 +237,8 @@ def main() -> None:
     for name, fill_it in PAGES.items():
         path = ROOT / name
         path.write_text(fill_it(path.read_text()))
-    study_page.draw(read("study.json")["answers"], ROOT / "docs" / "study")
+    shared = read("shared.json")["rows"]
+    study_page.draw(read("study.json")["answers"], shared, ROOT / "docs" / "study")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def cached(
     fewer = {task.steps}
     for (cut, pipeline), (name, policy) in product(pipelines.items(), task.policies.items()):
         plan = make_plan(pipeline.scheduler, task.steps, replace(policy, cut=cut))
-        gflop = gflop_of(plan, arithmetic[cut])
+        gflop = gflop_of(plan, arithmetic[cut], 1)
         fewer.add(steps_within(pipeline.scheduler, task.steps, gflop, arithmetic[cut]))
         call = {**task.call, "num_inference_steps": task.steps, **policy.arguments}
         yield _of(pipeline, f"cut {cut}, {name}", call, gflop * task.rows)
@@ -193,7 +193,7 @@ def trained_contender(
     pipeline, settings = trained.open(backend), trained.settings
     plan = make_plan(pipeline.scheduler, settings.steps, settings.policy)
     name = f"trained for {plan.num_evaluations} of {plan.num_calls} calls"
-    gflop = settings.rows * gflop_of(plan, arithmetic)
+    gflop = gflop_of(plan, arithmetic, settings.rows)
     return _of(pipeline, name, {**task.call, **settings.arguments}, gflop)
 
 
@@ -216,7 +216,7 @@ def comparison(
         limits: further arguments of the pipelines.
     """
     plan = make_plan(pipelines[0].scheduler, settings.steps, settings.policy)
-    gflop = settings.rows * gflop_of(plan, arithmetic)
+    gflop = gflop_of(plan, arithmetic, settings.rows)
     steps = steps_within(full.scheduler, task.steps, gflop / task.rows, arithmetic)
     call = {**task.call, **settings.arguments, **limits}
     name = f"{plan.num_evaluations} of {plan.num_calls} calls"

@@ -1,6 +1,7 @@
 """encache-run --plan: a plan from a file draws as its numbers say, and only where it fits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,8 +83,8 @@ def test_a_plan_of_the_file_draws_its_own_picture(run, plans, tmp_path, chosen, 
         (("--steps", 20), "10 steps, not 20"),
         (("--scheduler", "euler"), "another solver"),
         (("--guidance-scale", 1), "guidance 3, not 1"),
-        (("--stride", 5), "--stride means nothing beside --plan"),
-        (("--blend", "reuse"), "--blend means nothing beside --plan"),
+        (("--stride", 5), "--stride means nothing beside a plan"),
+        (("--blend", "reuse"), "--blend means nothing beside a plan"),
         (("--quality", 60), "No plan in the file is that good"),
         (("--cut", "up2"), "caches the output"),
     ],
@@ -111,7 +112,67 @@ def test_another_guidance_is_warned_of_and_drawn(run, plans):
 
 
 def test_what_chooses_needs_plans(run):
-    assert "--budget chooses from the plans of --plan" in run("--budget", 0.5).stderr
+    assert "this model comes with none: give --plan" in run("--budget", 0.5).stderr
+
+
+@pytest.fixture
+def own(model_folder, plans, tmp_path):
+    """The key calls of a model that has plans of its own, the dear one of 50 dB."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    content = json.loads(plans.read_text())
+    content["plans"][0]["measured"]["psnr"] = 50.0
+    (folder / "plans.json").write_text(json.dumps(content))
+
+    def key_calls(*arguments):
+        command = ["--ckpt", folder, "--dry-run", *arguments]
+        result = CliRunner().invoke(main, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+        return tuple(json.loads(result.stdout)["key_calls"])
+
+    return key_calls
+
+
+def test_a_models_own_good_plan_is_its_default(own, tmp_path):
+    assert own() == (0, 2, 4, 6, 8)
+    assert own("--guidance-scale", 3.2) == (0, 2, 4, 6, 8)
+    assert own("--budget", 0.3) == own("--quality", 10) == (0, 5)
+    (tmp_path / "model" / "plans.json").unlink()
+    assert own() == tuple(range(0, 50, 3))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("--stride", 3, "--steps", 50),
+        ("--steps", 50),
+        ("--guidance-scale", 5),
+        ("--guidance-scale", 1),
+        ("--blend", "extrapolate"),
+        ("--no-prior-noise",),
+        ("--cut", "up2"),
+    ],
+)
+def test_whoever_says_how_gets_the_rule(own, said):
+    assert own(*said) == tuple(range(0, 50, 3))
+
+
+def test_plans_of_other_weights_are_no_default(own, tmp_path):
+    path = tmp_path / "model" / "plans.json"
+    content = json.loads(path.read_text())
+    content["fitted_on"]["model"] = "f" * 64
+    path.write_text(json.dumps(content))
+    assert own() == tuple(range(0, 50, 3))
+
+
+def test_an_engine_folder_may_hold_plans(engine_folder, plans, tmp_path):
+    folder = tmp_path / "engines"
+    shutil.copytree(engine_folder, folder)
+    shutil.copy(plans, folder)
+    command = ["--engine-dir", folder, "--dry-run", "--budget", 0.3]
+    result = CliRunner().invoke(main, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["key_calls"] == [0, 5]
 
 
 def test_in_python():
