@@ -27,9 +27,8 @@ import click
 
 from encache.evaluate.machine import describe_machine
 from encache.evaluate.settings import read_prompts
-from encache.files import write_json, write_new
+from encache.files import WRITERS, write_json, write_new
 from encache.model.checkpoint import default_model
-from encache.serve.bulk import WRITERS
 
 RUN, BATCH = "encache.runtime.cli", "encache.serve.batch_cli"
 
@@ -63,11 +62,16 @@ def write_prompts(path: Path, number: int) -> Path:
     return path
 
 
+def words_of(module: str, arguments: Sequence[object]) -> list[str]:
+    """A command of this environment, as a shell would run it."""
+    program = [sys.executable, "-c", f"from {module} import main; main()"]
+    return [*program, *map(str, arguments)]
+
+
 def call(module: str, arguments: Sequence[object]) -> float:
     """Seconds of a command from its start to its end."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words_of(module, arguments), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -181,7 +185,7 @@ def cluster(pictures: int, batch_size: int, settings: str, output: Path) -> None
             second = nodes.add_node(num_cpus=1)
             arguments = [prompts, *fixed, "--output", two, "--ray-address", nodes.address]
             start = time.perf_counter()
-            with subprocess.Popen([sys.executable, "-m", BATCH, *map(str, arguments)]) as process:
+            with subprocess.Popen(words_of(BATCH, arguments)) as process:
                 while (drawn := len(digests(two))) < pictures // 4 and process.poll() is None:
                     time.sleep(0.1)
                 if drawn >= pictures:

@@ -128,9 +128,10 @@ def build_app(offer: Offer, token: str | None, *, keeps: bool = True) -> Any:
         limits.max_images,
         limits.max_prompt,
     )
-    intake = Intake(generator, base, opening.model.preset, opening.model.guidance_scale, most)
+    model = opening.model
+    intake = Intake(generator, run.settings, base, model.preset, model.guidance_scale, most)
     metrics = Metrics(run.solver)
     bounds = DeskLimits(len(run.batches[0]), limits.max_waiting, limits.batch_wait)
     desk = Desk(generator, bounds, metrics)
-    service = Service(opening.model.name, intake, desk, limits.deadline, keeps=keeps)
+    service = Service(model.name, intake, desk, limits.deadline, keeps=keeps)
     return make_app(service, metrics, token)

@@ -12,6 +12,7 @@ from typing import Any
 
 from encache.errors import EncacheError
 from encache.export.options import SizeOptions
+from encache.files import WRITERS
 from encache.progress import progress
 from encache.runtime.generator import Generator, Order, group
 from encache.runtime.images import encode_png
@@ -21,8 +22,6 @@ from encache.serve.rows import Row
 
 #: Batches that a worker of Ray takes at once: handing them out takes time, and so does a stop.
 _BATCHES_AT_ONCE = 4
-#: Pictures that are written at once: a disk takes no longer for several than for one.
-WRITERS = 8
 
 Batch = list[Order]
 #: Batches' places and their pictures as PNG files, in any order.

@@ -74,7 +74,7 @@ def _deploy(offer: Offer, place: _ReplicaOptions, token: str | None) -> Any:
     def build() -> Any:
         return build_app(offer, token, keeps=False)
 
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress(build)(),
         name="encache",
         # Beyond it Ray lets requests wait by itself: those that wait here get an answer, if a 429.

@@ -17,6 +17,9 @@ from typing import Any
 
 from encache.errors import EncacheError
 
+#: Files that are written at once: a disk takes hardly longer for several than for one.
+WRITERS = 8
+
 
 def check_writable(folder: Path) -> None:
     """Create the folder, and raise OSError now rather than after minutes of work."""

@@ -22,9 +22,9 @@ IMAGES, TEXT_TO_IMAGE = "/v1/images/generations", "/sdapi/v1/txt2img"
 class Served:
     """A server of the tiny model, in a thread."""
 
-    def __init__(self, folder, token=None, **limits):
+    def __init__(self, folder, token=None, sampling=None, **limits):
         opening = Opening.of(folder, ModelOptions(), EngineOptions(), "onnxruntime", folder)
-        sampling = SamplingOptions(steps=4, stride=2)
+        sampling = sampling or SamplingOptions(steps=4, stride=2)
         with click.Context(click.Command("none")):
             run = resolve_run(opening, sampling, SizeOptions(), range(4), 4, None)
         options = LimitOptions(**{"max_steps": 20, "max_prompt": 50, "max_side": 32, **limits})
