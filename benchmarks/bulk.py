@@ -49,7 +49,7 @@ def main() -> None:
 def keep(output: Path, part: str, content: dict[str, Any]) -> None:
     """Write one part of the results, and leave the others."""
     whole = json.loads(output.read_text()) if output.exists() else {}
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])
     write_json(
         output, {**whole, part: {"machine": describe_machine(), "command": command} | content}
     )

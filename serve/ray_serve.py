@@ -49,13 +49,13 @@ def app(arguments: Mapping[str, Any]) -> Any:
         if said != "false":
             words.append(f"--{name.replace('_', '-')}")
             words += [] if said == "true" else [str(value)]
-    return _command.main(words, standalone_mode=False)
+    return command.main(words, standalone_mode=False)
 
 
 @click.command(cls=Command)
 @takes(place=_ReplicaOptions, limits=LimitOptions, sampling=SamplingOptions)
 @takes(model=ModelOptions, engine=EngineOptions, engines=EnginesOptions)
-def _command(
+def command(
     place: _ReplicaOptions,
     limits: LimitOptions,
     sampling: SamplingOptions,
@@ -63,6 +63,7 @@ def _command(
     engine: EngineOptions,
     engines: EnginesOptions,
 ) -> Any:
+    """What `app` calls with words, as a shell would."""
     token = read_token(place.token_file) if place.token_file else None
     return _deploy(settle(sampling, limits, model, engine, engines), place, token)
 
