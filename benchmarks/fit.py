@@ -274,6 +274,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", action="append", choices=(*PARTS, "fewer"), default=[])
+    parser.add_argument("--sampler", action="append", choices=("ddim", "dpmsolver++"), default=[])
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--num-held-out", type=int, default=512)
     parser.add_argument("--refine-steps", type=int, default=160)
@@ -284,8 +285,10 @@ def main() -> None:
     options = parser.parse_args()
     wanted = options.part or [*PARTS, "fewer"]
     for solver, steps, budgets in SAMPLERS:
-        study = Study(solver, steps, options, options.num_images)
         name = solver or "ddim"
+        if options.sampler and name not in options.sampler:
+            continue
+        study = Study(solver, steps, options, options.num_images)
         for part in (part for part in PARTS if part in wanted and not (part in OWN and solver)):
             start = time.perf_counter()
             found = [*progress(PARTS[part](study, budgets), desc=f"{name} {part}")]

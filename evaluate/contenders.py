@@ -85,7 +85,10 @@ class Task:
     @property
     def facts(self) -> dict[str, Any]:
         """As a report holds it."""
-        policies = {name: policy.arguments for name, policy in self.policies.items()}
+        policies = {
+            name: {**policy.arguments, "plan": policy.plan and policy.plan.hash()}
+            for name, policy in self.policies.items()
+        }
         return {**asdict(self), "policies": policies}
 
     @property
@@ -175,6 +178,8 @@ def cached(
     """
     fewer = {task.steps}
     for (cut, pipeline), (name, policy) in product(pipelines.items(), task.policies.items()):
+        if policy.plan and cut != NO_CUT:
+            continue
         plan = make_plan(pipeline.scheduler, task.steps, replace(policy, cut=cut))
         gflop = gflop_of(plan, arithmetic[cut], 1)
         fewer.add(steps_within(pipeline.scheduler, task.steps, gflop, arithmetic[cut]))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from encache.evaluate.sampling import Model
     from encache.evaluate.settings import Protocol, Setting
     from encache.model.checkpoint import Checkpoint
+    from encache.runtime.plan import Plan
+    from encache.runtime.solver import Scheduler
 
 
 #: Compared unless others are asked for.
@@ -136,7 +138,25 @@ class Selection:
 def _fitted_settings(
     files: "Sequence[Path]", models: "dict[str, Model]", full: "Setting", guidance_scale: float
 ) -> "list[Setting]":
-    """The full sampler by each plan of these files.
+    """The full sampler by each plan of these files."""
+    model = models[full.model]
+    plans = read_fitting(
+        files, model.checkpoint.fingerprint, model.scheduler(full), full.steps, guidance_scale
+    )
+    return [replace(full, fitted=plan) for plan in plans]
+
+
+def read_fitting(
+    files: Sequence[Path], model: str, scheduler: "Scheduler", steps: int, guidance_scale: float
+) -> "list[Plan]":
+    """The plans in these files, which must fit what is compared.
+
+    Args:
+        files: that encache-fit wrote.
+        model: fingerprint.
+        scheduler: the solver.
+        steps: num_inference_steps.
+        guidance_scale: of the run; one that is a little away is warned of.
 
     Raises:
         PlanError: a plan was fitted for something else.
@@ -144,20 +164,19 @@ def _fitted_settings(
     from encache.runtime.planfile import check_fits, read_plans
     from encache.runtime.schedulers import full_config
 
-    model = models[full.model]
-    settings = []
+    plans = []
     for fitted in (fitted for file in files for fitted in read_plans(file)):
         warning = check_fits(
             fitted.fitted_on,
-            model=model.checkpoint.fingerprint,
-            scheduler=full_config(model.scheduler(full)),
-            steps=full.steps,
+            model=model,
+            scheduler=full_config(scheduler),
+            steps=steps,
             guidance_scale=guidance_scale,
         )
         if warning:
             click.echo(warning, err=True)
-        settings.append(replace(full, fitted=fitted.plan))
-    return settings
+        plans.append(fitted.plan)
+    return plans
 
 
 def _base_of(trained: "Checkpoint", models: "dict[str, Model]") -> str | None:

@@ -9,44 +9,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from encache.errors import EncacheError, PlanError
-from encache.model.checkpoint import find_checkpoint
-from encache.model.loading import read_outline
 from encache.runtime.cli import main
 from encache.runtime.images import read_metadata
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
-from encache.runtime.planfile import FittedOn, FittedPlan, Measured, write_plans
-from encache.runtime.schedulers import full_config
 from encache.runtime.settings import Policy
 from tests.conftest import make_pipeline
-
-
-@pytest.fixture
-def plans(model_folder, tmp_path):
-    """Two plans that are the rule itself, at strides 2 and 5."""
-    checkpoint = find_checkpoint(model_folder)
-    scheduler = read_outline(checkpoint).scheduler
-    on = FittedOn(
-        model=checkpoint.fingerprint,
-        scheduler=json.dumps(full_config(scheduler)),
-        steps=10,
-        guidance_scale=3.0,
-        prompts="0" * 64,
-        num_pictures=1,
-    )
-    path = tmp_path / "plans.json"
-    write_plans(
-        path,
-        [
-            FittedPlan(
-                make_plan(scheduler, 10, Policy(stride)),
-                on,
-                Measured(1, error, (0.0, 1.0), 1.0, db),
-            )
-            for stride, error, db in ((2, 0.1, 40.0), (5, 0.2, 20.0))
-        ],
-    )
-    return path
 
 
 @pytest.fixture
