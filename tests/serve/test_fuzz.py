@@ -46,6 +46,12 @@ def test_every_answer_is_documented(served, route, mode):
     fuzz(served, route, mode, 20)
 
 
-@pytest.mark.parametrize("route", ["/v1/models", "/healthz", "/readyz", "/metrics", "/"])
-def test_what_is_fetched_is_documented(served, route):
-    fuzz(served, route, schemathesis.GenerationMode.POSITIVE, 1)
+@pytest.mark.parametrize(
+    ("route", "examples"),
+    [
+        ("/v1/images/files/{name}", 20),
+        *((route, 1) for route in ("/v1/models", "/healthz", "/readyz", "/metrics", "/")),
+    ],
+)
+def test_what_is_fetched_is_documented(served, route, examples):
+    fuzz(served, route, schemathesis.GenerationMode.POSITIVE, examples)
