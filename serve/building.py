@@ -81,7 +81,7 @@ def settle(
     run = resolve_run(
         opening, sampling, SizeOptions(), counts, limits.batch_size, limits.max_decode_batch
     )
-    return Offer(replace(opening), run, sampling, limits)
+    return Offer(opening, run, sampling, limits)
 
 
 def read_token(path: Path) -> str:
