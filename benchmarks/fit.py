@@ -11,7 +11,7 @@ the place of its rows in the results, and the others stay.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,8 +45,9 @@ REAL = Path("runs/study/real")
 SHIPPED = "shipped"
 #: Solver (of the model itself, or another), steps, and numbers of evaluations.
 SAMPLERS = (("", 50, (17, 13, 10, 5, 3)), ("dpmsolver++", 20, (10, 7, 4)))
-#: Least squares serve more evaluations well enough; these are refined by gradients too.
-REFINED = 5
+#: Plans of so few evaluations are refined by gradients, and their key calls searched; for more of
+#: them least squares and even key calls leave little.
+FEW = 5
 #: From how many pictures the same plan is fitted.
 FEWER = (16, 32, 64, 128)
 SEARCHES = Search(generations=6)
@@ -127,6 +128,13 @@ class Study:
             "errors": [float(f"{error:.4g}") for error in errors],
         }
 
+    def search(self, budgets: Sequence[int]) -> list[tuple[int, ...]]:
+        """Key calls moved by NSGA-II, or even ones where these serve better."""
+        return self.fitter.search(
+            budgets,
+            lambda error_of: search_key_calls(self.num_calls, budgets, error_of, SEARCHES),
+        )
+
     def rule(self, keys: tuple[int, ...]) -> Setting:
         """The default blend."""
         return replace(self.full, key_calls=keys)
@@ -152,7 +160,7 @@ def plans(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
         yield study.row("plain", replace(study.full, steps=budget))
         yield study.row("rule", study.rule(keys))
         yield study.row("least squares", study.squares(keys))
-        if budget <= REFINED:
+        if budget <= FEW:
             yield study.row("gradients", study.refined(keys))
 
 
@@ -170,14 +178,10 @@ def rules(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
 
 def searched(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
     """Key calls moved by NSGA-II."""
-    found = study.fitter.search(
-        budgets, lambda error_of: search_key_calls(study.num_calls, budgets, error_of, SEARCHES)
-    )
-    for keys in found:
+    for keys in study.search([budget for budget in budgets if budget <= FEW]):
         yield study.row("searched key calls, rule", study.rule(keys))
         yield study.row("searched key calls, least squares", study.squares(keys))
-        if len(keys) <= REFINED:
-            yield study.row("searched key calls, gradients", study.refined(keys))
+        yield study.row("searched key calls, gradients", study.refined(keys))
 
 
 def rows(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
@@ -246,14 +250,12 @@ def fewer(options: argparse.Namespace) -> Iterator[Row]:
 
 def ship(study: Study, budgets: tuple[int, ...], path: Path) -> None:
     """Write the plan of each budget that serves the validation pictures best, as it measured."""
-    found = study.fitter.search(
-        budgets, lambda error_of: search_key_calls(study.num_calls, budgets, error_of, SEARCHES)
-    )
+    moved = {len(keys): keys for keys in study.search([one for one in budgets if one <= FEW])}
     shipped = []
-    for budget, moved in zip(budgets, found, strict=True):
+    for budget in budgets:
         spread = spread_key_calls(budget, study.num_calls)
-        fit = study.refined if budget <= REFINED else study.squares
-        candidates = [fit(keys).fitted for keys in dict.fromkeys((spread, moved))]
+        fit = study.refined if budget <= FEW else study.squares
+        candidates = [fit(keys).fitted for keys in {spread, moved.get(budget, spread)}]
         best = min(filter(None, candidates), key=study.fitter.validation_error)
         row, rule = study.row("", study.by(best)), study.row("", study.rule(best.key_calls))
         error = row["latent_error"]
