@@ -8,21 +8,27 @@ from study_page import Row, fill, interval, markdown, number
 from encache.evaluate.headline import significant, with_interval
 from encache.evaluate.results import Interval
 
-#: Ways that stand in every table, the plain sampler first.
-SEARCHED = "searched key calls, "
+SOLVERS = ("ddim", "dpmsolver++")
+#: Which runs have guidance, where not all do.
+WHERE = ("one in 2", "one in 3", "the first")
 
 
-def fill_page(page: str, fit: Mapping[str, Any], features: Mapping[str, Any]) -> str:
-    """docs/study.md with the tables of fit.json and fit_features.json."""
+def fill_page(page: str, fit: Mapping[str, Any]) -> str:
+    """docs/study.md with the tables of fit.json; a part that was not run has none."""
     parts = {name: part["rows"] for name, part in fit["parts"].items()}
-    for solver in ("ddim", "dpmsolver++"):
-        rows = [*parts[f"{solver} plans"], *parts[f"{solver} searched"]]
-        page = fill(page, f"fitted plans, {solver}", plans_table(rows))
-    page = fill(page, "published rules", rules_table(parts))
-    page = fill(page, "guidance at fewer calls", branches_table(parts))
-    page = fill(page, "fitted elsewhere", transfer_table(parts["ddim transfer"]))
-    page = fill(page, "fitted on fewer pictures", fewer_table(parts))
-    return fill(page, "fitted blends", features_table(features["rows"]))
+    for solver in SOLVERS:
+        rows = [*parts.get(f"{solver} plans", []), *parts.get(f"{solver} searched", [])]
+        if rows:
+            page = fill(page, f"fitted plans, {solver}", plans_table(rows))
+    if {f"{solver} rules" for solver in SOLVERS} <= parts.keys():
+        page = fill(page, "published rules", rules_table(parts))
+    if {f"{solver} rows" for solver in SOLVERS} <= parts.keys():
+        page = fill(page, "guidance at fewer calls", branches_table(parts))
+    if "ddim transfer" in parts:
+        page = fill(page, "fitted elsewhere", transfer_table(parts["ddim transfer"]))
+    if "ddim fewer" in parts:
+        page = fill(page, "fitted on fewer pictures", fewer_table(parts))
+    return page
 
 
 def plans_table(rows: Sequence[Row]) -> str:
@@ -35,7 +41,7 @@ def plans_table(rows: Sequence[Row]) -> str:
             row["name"],
             str(row["rows"]),
             interval(row["latent_error"]),
-            interval(row["times_plain"]),
+            "" if row["name"] == "plain" else interval(row["times_plain"]),
             f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
             number(row["perceptual"]["mean"]) if row["perceptual"] else "",
             number(row["frechet_to_full"]),
@@ -49,7 +55,7 @@ def plans_table(rows: Sequence[Row]) -> str:
 def rules_table(parts: Mapping[str, Sequence[Row]]) -> str:
     """Latent errors of rules at equal key calls, as multiples of the line's."""
     cells = []
-    for solver in ("ddim", "dpmsolver++"):
+    for solver in SOLVERS:
         known = [*parts[f"{solver} rules"], *parts[f"{solver} plans"]]
         budgets = sorted({row["encoder_runs"] for row in parts[f"{solver} plans"]})[-2::-1]
         for budget in budgets:
@@ -64,7 +70,7 @@ def rules_table(parts: Mapping[str, Sequence[Row]]) -> str:
 def branches_table(parts: Mapping[str, Sequence[Row]]) -> str:
     """Plans of equal rows that leave guidance out at some of their runs."""
     cells = []
-    for solver in ("ddim", "dpmsolver++"):
+    for solver in SOLVERS:
         every = [row for row in parts[f"{solver} plans"] if row["name"] == "least squares"]
         for row in sorted(every, key=lambda row: -row["rows"]):
             sparse = {
@@ -74,17 +80,13 @@ def branches_table(parts: Mapping[str, Sequence[Row]]) -> str:
             }
             if not sparse:
                 continue
-            names = [f"guided {where}, least squares" for where in _WHERE]
+            names = [f"guided {where}, least squares" for where in WHERE]
             errors = [
                 row["latent_error"],
                 *(sparse.get(name, {}).get("latent_error") for name in names),
             ]
             cells.append((solver, str(row["rows"]), *map(_mean, errors)))
-    return markdown(["solver", "rows", "guided at every run", *_WHERE], cells)
-
-
-#: Which runs have guidance.
-_WHERE = ("one in 2", "one in 3", "the first")
+    return markdown(["solver", "rows", "guided at every run", *WHERE], cells)
 
 
 def transfer_table(rows: Sequence[Row]) -> str:

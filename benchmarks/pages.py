@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import fit_page
 import study_page
 from study_page import fill, interval, markdown, number
 
@@ -362,7 +363,8 @@ def fill_serving(page: str) -> str:
 
 def fill_study(page: str) -> str:
     """docs/study.md with its tables."""
-    return study_page.fill_page(page, read("study.json"), read("shared.json")["rows"])
+    page = study_page.fill_page(page, read("study.json"), read("shared.json")["rows"])
+    return fit_page.fill_page(page, read("fit.json"))
 
 
 #: Every page that has tables of measurements, and what fills them.
