@@ -203,6 +203,28 @@ def engines_table(manifests: Mapping[tuple[str, str], Mapping[str, Any]]) -> str
     return markdown(["shape", "cut", "seconds", *parts], cells)
 
 
+def eight_bits_table(rows: Sequence[Row]) -> str:
+    """What compiling in each precision took, and what came of it."""
+    names = {"unet": "whole UNet", "unet_encoder": "encoder", "unet_decoder": "decoder"}
+    cells = [
+        (
+            names[row["graph"]] + (f", cut {row['cut']}" if row["cut"] != "none" else "")
+            if row["graph"] in names
+            else "image decoder",
+            row["dtype"],
+            f"{row['milliseconds']:.2f}",
+            f"{row['share']:.1%}" if "share" in row else "",
+            str(len(row["fallen_back"])) if "share" in row else "",
+            f"{row['engine_bytes'] / 1e6:.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        )
+        for row in rows
+    ]
+    heads = ["part", "dtype", "counted ms", "in 8 bits", "fell back", "engine, MB"]
+    return markdown([*heads, "seconds", "memory, GB"], cells)
+
+
 def fill_readme(page: str) -> str:
     """README.md with its tables."""
     page = fill(page, "cpu", cpu_table(read("cpu.json")))
@@ -216,7 +238,9 @@ def fill_performance(page: str) -> str:
     page = fill(page, "cpu by the count", count_table(reports))
     page = fill(page, "cpu protocol", protocol_table(list(COMMANDS)))
     manifests = {which: read(name) for which, name in MANIFESTS.items()}
-    return fill(page, "engines", engines_table(manifests))
+    page = fill(page, "engines", engines_table(manifests))
+    rows = read("precision_engines.json")["rows"]
+    return fill(page, "engines in 8 bits", eight_bits_table(rows))
 
 
 def fill_study(page: str) -> str:
