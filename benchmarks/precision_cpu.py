@@ -79,7 +79,10 @@ def export(
     quantize(copied, observed, choose_kept(observed, 0.15, fp8=True) | attention, "int8")
     (folder / "dynamic").mkdir()
     dynamic = folder / "dynamic" / ONNX
-    quantize_dynamic(paths["fp32"], dynamic, weight_type=QuantType.QInt8)
+    kinds = ["Conv", "MatMul", "Gemm"]  # what it makes of Attention, it cannot load
+    quantize_dynamic(
+        paths["fp32"], dynamic, op_types_to_quantize=kinds, weight_type=QuantType.QInt8
+    )
     return {**paths, "static": copied, "dynamic": dynamic}
 
 
