@@ -1,24 +1,31 @@
 """Fit plans to the default model and measure them on prompts and seeds held out.
 
-    python benchmarks/fit.py                            # writes benchmarks/fit.json
-    python benchmarks/fit.py --num-held-out 64 --part plans --part rows
+    python benchmarks/study.py pictures                 # the real pictures, once
+    python benchmarks/fit.py                            # writes benchmarks/fit.json, the plans
+    python benchmarks/fit.py --part rules --num-held-out 128
 
-Everything is kept in the store, so a run that is stopped goes on, and parts can be added.
+Everything is kept in the store, so a run that is stopped goes on. A part that is run again takes
+the place of its rows in the results, and the others stay.
 """
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from encache.evaluate.distribution import bootstrap_interval, bootstrap_ratio
-from encache.evaluate.fit import evaluations_of
+from encache.evaluate.extractors import load_extractor
 from encache.evaluate.fitting import Fitter, Wanted, apart, spread_key_calls
 from encache.evaluate.machine import describe_machine
+from encache.evaluate.real import read_real
 from encache.evaluate.refine import Refinement, differentiable_model
+from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
+from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.search import Search, search_key_calls
-from encache.evaluate.settings import read_prompts
+from encache.evaluate.settings import Protocol, Setting, read_prompts
 from encache.evaluate.store import Store
 from encache.evaluate.trajectories import Trajectories, split_prompts
 from encache.files import write_json
@@ -26,17 +33,23 @@ from encache.model.checkpoint import default_model, find_checkpoint
 from encache.progress import progress
 from encache.runtime.key_calls import paper_key_calls
 from encache.runtime.pipeline import EncachePipeline
-from encache.runtime.plan import Branches, Plan, make_plan
+from encache.runtime.plan import Branches, Plan
+from encache.runtime.planfile import FittedPlan, Measured, write_plans
 from encache.runtime.rules import RULES, plan_of_weights
 from encache.runtime.schedulers import make_scheduler
-from encache.runtime.settings import FULL, Policy
 from encache.runtime.solver import count_calls
+from encache.train.emoji import STYLES
 
 FOLDER = Path("runs/fit")
-#: Solver, steps and numbers of evaluations.
-SAMPLERS = (("ddim", 50, (17, 10, 5)), ("dpmsolver++", 20, (10, 7, 4)))
+REAL = Path("runs/study/real")
+SHIPPED = "shipped"
+#: Solver (of the model itself, or another), steps, and numbers of evaluations.
+SAMPLERS = (("", 50, (17, 13, 10, 5, 3)), ("dpmsolver++", 20, (10, 7, 4)))
+#: Plans of so few evaluations are refined by gradients, and their key calls searched; for more of
+#: them least squares and even key calls leave little.
+FEW = 5
 #: From how many pictures the same plan is fitted.
-FEWER = (16, 64)
+FEWER = (16, 32, 64, 128)
 SEARCHES = Search(generations=6)
 #: How many of the unconditional runs are kept: one in so many.
 UNCONDITIONAL = (2, 3)
@@ -55,63 +68,100 @@ class Study:
     def __init__(
         self, solver: str, steps: int, options: argparse.Namespace, num_images: int
     ) -> None:
-        checkpoint = find_checkpoint()
-        scale = checkpoint.guidance_scale
-        pipeline = EncachePipeline.from_checkpoint(checkpoint, engine_dir=options.engine_dir)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = make_scheduler(solver, pipeline.scheduler)
-        self.solver, self.steps, self.scale = solver, steps, scale
-        self.scheduler = pipeline.scheduler
-        self.num_calls = count_calls(pipeline.scheduler, steps)
-        store = Store(options.store)
-        trajectories = Trajectories(pipeline, checkpoint.fingerprint, steps, scale, store)
+        self.checkpoint = find_checkpoint()
+        self.full = Setting(SHIPPED, solver, steps, guidance_scale=None)
+        self.steps, self.scale = steps, self.checkpoint.guidance_scale
+        self.options = options
+        self.store = Store(options.store)
         prompts = read_prompts(default_model() / "prompts.txt")
-        pictures, held_out = split_prompts(prompts, num_images, options.num_held_out)
-        trajectories.draw_missing(pictures, held_out)
-        self.fitter = Fitter(
-            trajectories,
-            pictures,
-            held_out,
-            Refinement(options.refine_steps) if options.refine_steps else None,
-            lambda: differentiable_model(checkpoint, scale, pipeline.device),
+        self.pictures, self.held_out = split_prompts(prompts, num_images, options.num_held_out)
+        backend = Backend("onnxruntime", engine_dir=options.engine_dir)
+        self.models = {SHIPPED: Model(self.checkpoint, backend)}
+        self.scheduler = self.models[SHIPPED].scheduler(self.full)
+        self.num_calls = count_calls(self.scheduler, steps)
+        self.evaluation = self.evaluate(
+            Protocol(self.held_out.prompts, options.num_held_out, self.scale, batch_size=16)
         )
 
-    def row(self, name: str, plan: Plan) -> Row:
-        """A plan's errors, beside those of as many plain steps."""
-        errors, similar = self.fitter.compare(plan)
-        plain, _ = self.fitter.compare(make_plan(self.scheduler, plan.num_evaluations, FULL))
-        held_out = self.fitter.held_out
-        prompts = [job.prompt for job in held_out.jobs(range(held_out.number))]
+    def evaluate(self, protocol: Protocol) -> Evaluation:
+        """The pictures of a protocol, measured and kept."""
+        return Evaluation(self.models, protocol, self.store, load_extractor("efficientnet-lite0"))
+
+    @cached_property
+    def fitter(self) -> Fitter:
+        """Fits on trajectories, which are drawn first."""
+        pipeline = EncachePipeline.from_checkpoint(
+            self.checkpoint, engine_dir=self.options.engine_dir
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        if self.full.scheduler:
+            pipeline.scheduler = make_scheduler(self.full.scheduler, pipeline.scheduler)
+        trajectories = Trajectories(
+            pipeline, self.checkpoint.fingerprint, self.steps, self.scale, self.store
+        )
+        trajectories.draw_missing(self.pictures)
+        return Fitter(
+            trajectories,
+            self.pictures,
+            self.held_out,
+            Refinement(self.options.refine_steps),
+            lambda: differentiable_model(self.checkpoint, self.scale, pipeline.device),
+        )
+
+    def row(self, name: str, setting: Setting, evaluation: Evaluation | None = None) -> Row:
+        """A setting, measured beside the full sampler and as many plain steps."""
+        evaluation = evaluation or self.evaluation
+        protocol, full = evaluation.protocol, replace(self.full, guidance_scale=None)
+        opponent = plain_at_equal_arithmetic(self.models, protocol, setting, full)
+        assert evaluation.extractor
+        real = read_real(REAL, evaluation.extractor, (64, 64), self.store)
+        measured = make_row(evaluation, setting, full, full, opponent, real)
+        errors = evaluation.compare_all(setting, full)["latent_error"]
+        plan = self.models[SHIPPED].plan(setting)
+        rows = plan.count_rows(protocol.rows_of(setting))
         return {
-            "solver": self.solver,
-            "steps": self.steps,
+            **asdict(measured),
             "name": name,
-            "pictures": self.fitter.pictures.number,
-            "key_calls": plan.key_calls,
-            "rows": plan.count_rows(2),
-            "error": float(errors.mean()),
-            "interval": bootstrap_interval(errors, prompts),
-            "to_plain": bootstrap_ratio(errors, plain, prompts),
-            "psnr": float(similar.mean()),
-            "timesteps": [step.timestep for step in evaluations_of(plan)],
+            "solver": self.full.scheduler or "ddim",
+            "pictures": self.pictures.number,
+            "rows": rows,
             "errors": [float(f"{error:.4g}") for error in errors],
         }
 
-    def rule(self, keys: tuple[int, ...]) -> Plan:
+    def search(self, budgets: Sequence[int]) -> list[tuple[int, ...]]:
+        """Key calls moved by NSGA-II, or even ones where these serve better."""
+        return self.fitter.search(
+            budgets,
+            lambda error_of: search_key_calls(self.num_calls, budgets, error_of, SEARCHES),
+        )
+
+    def rule(self, keys: tuple[int, ...]) -> Setting:
         """The default blend."""
-        return make_plan(self.scheduler, self.steps, Policy(key_calls=keys))
+        return replace(self.full, key_calls=keys)
+
+    def by(self, plan: Plan) -> Setting:
+        """A fitted plan, or a rule's."""
+        return replace(self.full, fitted=plan)
+
+    def squares(self, keys: tuple[int, ...]) -> Setting:
+        """Fitted by least squares."""
+        return self.by(self.fitter.fit_squares(apart(keys, self.scale)))
+
+    def refined(self, keys: tuple[int, ...]) -> Setting:
+        """Fitted by least squares and gradients."""
+        return self.by(self.fitter.fit(apart(keys, self.scale)))
 
 
 def plans(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
     """Every budget: plain steps, the rule, least squares, and gradients besides."""
+    yield study.row("full", study.full)
     for budget in budgets:
         keys = spread_key_calls(budget, study.num_calls)
-        wanted = apart(keys, study.scale)
-        yield study.row("plain", make_plan(study.scheduler, budget, FULL))
+        yield study.row("plain", replace(study.full, steps=budget))
         yield study.row("rule", study.rule(keys))
-        yield study.row("least squares", study.fitter.fit_squares(wanted))
-        if study.fitter.refinement:
-            yield study.row("gradients", study.fitter.fit(wanted))
+        yield study.row("least squares", study.squares(keys))
+        if budget <= FEW:
+            yield study.row("gradients", study.refined(keys))
 
 
 def rules(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
@@ -119,24 +169,19 @@ def rules(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
     for budget in budgets:
         keys = spread_key_calls(budget, study.num_calls)
         for name, weigh in RULES.items():
-            yield study.row(name, plan_of_weights(study.scheduler, study.steps, keys, weigh, name))
+            plan = plan_of_weights(study.scheduler, study.steps, keys, weigh, name)
+            yield study.row(name, study.by(plan))
     published = paper_key_calls(study.num_calls)
     yield study.row("published key calls", study.rule(published))
-    fitted = study.fitter.fit_squares(apart(published, study.scale))
-    yield study.row("published key calls, least squares", fitted)
+    yield study.row("published key calls, least squares", study.squares(published))
 
 
 def searched(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
     """Key calls moved by NSGA-II."""
-    found = study.fitter.search(
-        budgets, lambda error_of: search_key_calls(study.num_calls, budgets, error_of, SEARCHES)
-    )
-    for keys in found:
+    for keys in study.search([budget for budget in budgets if budget <= FEW]):
         yield study.row("searched key calls, rule", study.rule(keys))
-        wanted = apart(keys, study.scale)
-        yield study.row("searched key calls, least squares", study.fitter.fit_squares(wanted))
-        if study.fitter.refinement:
-            yield study.row("searched key calls, gradients", study.fitter.fit(wanted))
+        yield study.row("searched key calls, least squares", study.squares(keys))
+        yield study.row("searched key calls, gradients", study.refined(keys))
 
 
 def rows(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
@@ -150,16 +195,79 @@ def rows(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
             early = tuple(_branches(index < 2 * budget - number) for index in range(number))
             for name, branches in ((f"one in {every}", sparse), ("the first", early)):
                 wanted = Wanted(keys, branches)
-                yield study.row(f"guided {name}, rule", study.fitter.rule(wanted))
+                yield study.row(f"guided {name}, rule", study.by(study.fitter.rule(wanted)))
                 fitted = study.fitter.fit_squares(wanted)
-                yield study.row(f"guided {name}, least squares", fitted)
+                yield study.row(f"guided {name}, least squares", study.by(fitted))
 
 
 def _branches(guided: bool) -> Branches:
     return "apart" if guided else "conditional"
 
 
-PARTS = {"plans": plans, "rules": rules, "searched": searched, "rows": rows}
+def transfer(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
+    """What was fitted on plain names at the model's own guidance and size, drawn otherwise."""
+    keys = spread_key_calls(10, study.num_calls)
+    settings = {
+        "plain": replace(study.full, steps=10),
+        "rule": study.rule(keys),
+        "least squares": study.squares(keys),
+    }
+    protocol = study.evaluation.protocol
+    names = [f"{STYLES[0].word} {name}" for name in protocol.prompts]
+    others = {
+        "as fitted": protocol,
+        "prompts in a style": replace(protocol, prompts=tuple(names)),
+        "guidance 2": replace(protocol, guidance_scale=2.0),
+        "guidance 5": replace(protocol, guidance_scale=5.0),
+        "96 x 64 pixels": replace(protocol, height=96, width=64),
+    }
+    for condition, other in others.items():
+        evaluation = study.evaluate(other)
+        for name, setting in settings.items():
+            yield {**study.row(name, setting, evaluation), "condition": condition}
+
+
+PARTS = {
+    "plans": plans,
+    "searched": searched,
+    "rules": rules,
+    "rows": rows,
+    "transfer": transfer,
+}
+#: Of the model's own solver alone.
+OWN = {"transfer"}
+
+
+def fewer(options: argparse.Namespace) -> Iterator[Row]:
+    """The same plans from fewer pictures."""
+    solver, steps, budgets = SAMPLERS[0]
+    for number in FEWER:
+        study = Study(solver, steps, options, number)
+        for budget in budgets:
+            keys = spread_key_calls(budget, study.num_calls)
+            yield study.row("least squares", study.squares(keys))
+
+
+def ship(study: Study, budgets: tuple[int, ...], path: Path) -> None:
+    """Write the plan of each budget that serves the validation pictures best, as it measured."""
+    moved = {len(keys): keys for keys in study.search([one for one in budgets if one <= FEW])}
+    shipped = []
+    for budget in budgets:
+        spread = spread_key_calls(budget, study.num_calls)
+        fit = study.refined if budget <= FEW else study.squares
+        candidates = [fit(keys).fitted for keys in {spread, moved.get(budget, spread)}]
+        best = min(filter(None, candidates), key=study.fitter.validation_error)
+        row, rule = study.row("", study.by(best)), study.row("", study.rule(best.key_calls))
+        error = row["latent_error"]
+        measured = Measured(
+            num_pictures=row["num_images"],
+            error=error["mean"],
+            interval=(error["low"], error["high"]),
+            rule_error=rule["latent_error"]["mean"],
+            psnr=row["psnr"]["mean"],
+        )
+        shipped.append(FittedPlan(best, study.fitter.fitted_on, measured))
+    write_plans(path, shipped)
 
 
 def main() -> None:
@@ -168,37 +276,44 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", action="append", choices=(*PARTS, "fewer"), default=[])
+    parser.add_argument("--sampler", action="append", choices=("ddim", "dpmsolver++"), default=[])
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--num-held-out", type=int, default=512)
-    parser.add_argument("--refine-steps", type=int, default=80)
+    parser.add_argument("--refine-steps", type=int, default=160)
     parser.add_argument("--store", type=Path, default=FOLDER / "store")
     parser.add_argument("--engine-dir", type=Path, default=FOLDER / "engines")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/fit.json"))
+    parser.add_argument("--plans", type=Path, help="Write the best plans there, a new file.")
     options = parser.parse_args()
     wanted = options.part or [*PARTS, "fewer"]
-    found: list[Row] = []
     for solver, steps, budgets in SAMPLERS:
+        name = solver or "ddim"
+        if options.sampler and name not in options.sampler:
+            continue
         study = Study(solver, steps, options, options.num_images)
-        for part in (part for part in PARTS if part in wanted):
-            found += progress(PARTS[part](study, budgets), desc=f"{solver} {part}")
-            _write(options, found)
-        for number in FEWER if "fewer" in wanted else ():
-            found += plans(Study(solver, steps, options, number), budgets)
-            _write(options, found)
+        for part in (part for part in PARTS if part in wanted and not (part in OWN and solver)):
+            start = time.perf_counter()
+            found = [*progress(PARTS[part](study, budgets), desc=f"{name} {part}")]
+            _write(options, f"{name} {part}", found, time.perf_counter() - start)
+        if options.plans and not solver:
+            ship(study, budgets, options.plans)
+    if "fewer" in wanted:
+        _write(options, "ddim fewer", [*fewer(options)], 0.0)
 
 
-def _write(options: argparse.Namespace, found: list[Row]) -> None:
-    content = {
+def _write(options: argparse.Namespace, part: str, rows: list[Row], seconds: float) -> None:
+    known = json.loads(options.output.read_text()) if options.output.exists() else {"parts": {}}
+    protocol = {
+        "num_images": options.num_images,
+        "num_held_out": options.num_held_out,
+        "refinement": asdict(Refinement(options.refine_steps)),
+        "search": asdict(SEARCHES),
         "machine": describe_machine(),
-        "protocol": {
-            "num_images": options.num_images,
-            "num_held_out": options.num_held_out,
-            "refinement": asdict(Refinement(options.refine_steps)),
-            "search": asdict(SEARCHES),
-        },
-        "rows": found,
+        "seconds": round(seconds),
     }
-    write_json(options.output, content)
+    write_json(
+        options.output, {"parts": {**known["parts"], part: {"protocol": protocol, "rows": rows}}}
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/performance.md and docs/study.md from benchmarks/*.json.
+"""Write the tables of README.md and of the pages of docs/ from benchmarks/*.json.
 
     python benchmarks/pages.py
 
@@ -243,6 +243,90 @@ def fill_performance(page: str) -> str:
     return fill(page, "engines in 8 bits", eight_bits_table(rows))
 
 
+def where(report: Mapping[str, Any]) -> list[str]:
+    """The last cells of a row: the command, the machine, the date."""
+    machine = report["machine"]
+    cores = f"{machine['cores']} cores of an {machine['cpu']}"
+    return [f"`{report['command']}`", cores, machine["date"]]
+
+
+def faults_table(fuzz: Mapping[str, Any], cluster: Mapping[str, Any]) -> str:
+    """What was done to the server and to a cluster, and what came of it."""
+    answers = ", ".join(
+        f"{number} x {status}" for status, number in sorted(fuzz["answers"].items())
+    )
+    fuzzed = "all as documented" if fuzz["as_documented"] else "not all as documented"
+    alive = "alive" if fuzz["alive_afterwards"] else "dead"
+    lost = cluster["pictures"] - cluster["pictures_found"]
+    same = "the same" if cluster["same_bytes_as_one_process"] else "other"
+    cells = [
+        (
+            f"{fuzz['requests']} fuzzed requests",
+            f"{answers}; {fuzzed}; server {alive} afterwards",
+            *where(fuzz),
+        ),
+        (
+            f"a node lost after {cluster['drawn_before_the_node_was_removed']} of "
+            f"{cluster['pictures']} pictures",
+            f"{lost} lost, {same} bytes",
+            *where(cluster),
+        ),
+    ]
+    return markdown(["what", "result", "command", "machine", "date"], cells)
+
+
+def load_table(load: Mapping[str, Any]) -> str:
+    """Requests per second and latencies, alone and by the number of clients."""
+
+    def cells_of(name: str, one: Mapping[str, Any], *rest: str) -> tuple[str, ...]:
+        latencies = (f"{one[f'p{part}_ms']:.0f}" for part in (50, 95, 99))
+        return (name, f"{one['per_second']:.1f}", *latencies, *rest)
+
+    cells = [
+        cells_of(f"alone, {time} the clients", one, "1x", "", "", "")
+        for time, one in zip(("before", "after"), load["alone"], strict=True)
+    ]
+    for one in load["served"]:
+        failed = sum(number for status, number in one["statuses"].items() if status != "200")
+        rest = [f"{one['speedup']:.2f}x", f"{one['batches']['mean']:.1f}", str(failed)]
+        memory = " to ".join(f"{size:.0f}" for size in one["rss_mib"])
+        who = f"{one['clients']} client{'s' * (one['clients'] > 1)}"
+        cells.append(cells_of(who, one, *rest, memory))
+    heads = ["who asks", "requests per second", "p50, ms", "p95, ms", "p99, ms", "speed"]
+    table = markdown([*heads, "pictures in a batch", "errors", "memory, MiB"], cells)
+    command, machine, date = where(load)
+    return f"{table}\n\n({command}: {load['seconds']:g} s of each, on {machine}, {date}.)"
+
+
+def pace_table(pace: Mapping[str, Any]) -> str:
+    """Pictures per second of both commands."""
+    speed, overhead = pace["pictures_per_second"], pace["overhead_percent"]
+    chunks = overhead["chunks"]
+    flushed, not_flushed = (pace["writing_ms_per_picture"][n] for n in ("flushed", "not_flushed"))
+    cells = [
+        ("`encache-run`, pictures per second", f"{speed['run']:.1f}"),
+        ("`encache-batch`, pictures per second", f"{speed['batch']:.1f}"),
+        (
+            "time of `encache-batch` over `encache-run`'s: median of the chunks, and the extremes",
+            f"{overhead['median']:+.1f} % ({min(chunks):+.1f} to {max(chunks):+.1f})",
+        ),
+        ("to write a picture, ms", f"{flushed:.2f}"),
+        ("the same without waiting for the disk, ms", f"{not_flushed:.2f}"),
+    ]
+    command, machine, date = where(pace)
+    table = markdown(["what", "measured"], cells)
+    return f"{table}\n\n({command}: {pace['pictures']} pictures, on {machine}, {date}.)"
+
+
+def fill_serving(page: str) -> str:
+    """docs/serving.md with the tables that there are results for."""
+    served, bulk = read("serve.json"), read("bulk.json")
+    page = fill(page, "faults", faults_table(served["fuzz"], bulk["cluster"]))
+    if "load" in served:
+        page = fill(page, "load", load_table(served["load"]))
+    return fill(page, "pace", pace_table(bulk["pace"])) if "pace" in bulk else page
+
+
 def fill_study(page: str) -> str:
     """docs/study.md with its tables."""
     return study_page.fill_page(page, read("study.json"), read("shared.json")["rows"])
@@ -252,6 +336,7 @@ def fill_study(page: str) -> str:
 PAGES: dict[str, Callable[[str], str]] = {
     "README.md": fill_readme,
     "docs/performance.md": fill_performance,
+    "docs/serving.md": fill_serving,
     "docs/study.md": fill_study,
 }
 
@@ -261,7 +346,8 @@ def main() -> None:
     for name, fill_it in PAGES.items():
         path = ROOT / name
         path.write_text(fill_it(path.read_text()))
-    study_page.draw(read("study.json")["answers"], ROOT / "docs" / "study")
+    shared = read("shared.json")["rows"]
+    study_page.draw(read("study.json")["answers"], shared, ROOT / "docs" / "study")
 
 
 if __name__ == "__main__":

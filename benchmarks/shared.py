@@ -4,10 +4,13 @@
     python benchmarks/shared.py train                   # every student in turn; hours each
     python benchmarks/shared.py report                  # writes benchmarks/shared.json, a picture
 
-Both steps go on where they were stopped. A student that is not trained yet is left out.
+Both steps go on where they were stopped. A student that is not trained yet is left out. Rows that
+the results hold already are kept, so that students trained elsewhere need not be trained again;
+--student measures one anew.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -27,10 +30,12 @@ from encache.evaluate.settings import Protocol, Setting, own_setting, read_promp
 from encache.evaluate.store import Store
 from encache.files import write_json
 from encache.model.checkpoint import default_model, fast_model, find_checkpoint
+from encache.runtime.planfile import read_plans
 
 FOLDER = Path("runs/shared")
 REAL = Path("runs/study/real")
 PICTURE = Path("docs/study/one-run.png")
+PLANS = default_model() / "plans.json"
 NUM_IMAGES = 512
 SEEDS = (0, 1, 2)
 COMMON = {
@@ -60,7 +65,7 @@ LONG = {
     "--stride": "10",
     "--timestep-spacing": "leading",
     "--prediction": "epsilon",
-    "--num-pairs": "36608",
+    "--num-pairs": "4096",
     "--train-batch-size": "8",
     "--learning-rate": "3e-4",
     "--max-train-steps": "450",
@@ -118,10 +123,13 @@ def open_evaluation(store: Path) -> Evaluation:
     return Evaluation(models, protocol, Store(store), extractor)
 
 
-def report(evaluation: Evaluation, output: Path) -> None:
-    """Every student beside the full sampler, its output cache and fewer steps."""
+def report(evaluation: Evaluation, output: Path, again: list[str]) -> None:
+    """Every student beside the full sampler, its output cache, fitted plans and fewer steps."""
+    known = json.loads(output.read_text())["rows"] if output.exists() else []
+    kept = {row["name"]: row for row in known if row["checkpoint"] not in again}
     full = Setting(SHIPPED, "", 50)
     cached = [replace(full, stride=stride) for stride in (3, 5, 10, 20)]
+    cached += [replace(full, fitted=one.plan) for one in read_plans(PLANS)]
     fewer = [replace(full, steps=steps) for steps in (17, 10, 5, 4, 3)]
     students = [
         own_setting(name, model.checkpoint)
@@ -130,8 +138,8 @@ def report(evaluation: Evaluation, output: Path) -> None:
     ]
     assert evaluation.extractor
     real = read_real(REAL, evaluation.extractor, (64, 64), evaluation.store)
-    rows = []
-    for setting in tqdm([full, *fewer, *cached, *students]):
+    wanted = [full, *fewer, *cached, *students]
+    for setting in tqdm([one for one in wanted if one.name not in kept]):
         opponent = None
         if not setting.plain or setting.model != SHIPPED:
             opponent = plain_at_equal_arithmetic(
@@ -139,7 +147,9 @@ def report(evaluation: Evaluation, output: Path) -> None:
             )
         row = make_row(evaluation, setting, full, full, opponent, real)
         errors = evaluation.compare_all(setting, full)["latent_error"]
-        rows.append({**asdict(row), "errors": [float(f"{error:.5g}") for error in errors]})
+        numbers = [float(f"{error:.5g}") for error in errors]
+        kept[row.name] = {**asdict(row), "errors": numbers, "machine": describe_machine()}
+    rows = [*kept.values()]
     content = {
         "machine": describe_machine(),
         "protocol": {
@@ -194,7 +204,7 @@ def main() -> None:
     if options.step == "train":
         train(options.student)
     else:
-        report(open_evaluation(options.store), options.output)
+        report(open_evaluation(options.store), options.output, options.student)
 
 
 if __name__ == "__main__":

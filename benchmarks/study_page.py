@@ -268,6 +268,61 @@ def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) ->
     axes.set(xlabel=x_name, ylabel="relative squared latent error")
     axes.grid(alpha=0.2)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+#: Panels of `draw_buys`: what a row holds, and how it is called.
+PANELS = {
+    "latent_error": "relative squared latent error",
+    "frechet": "Frechet distance to real pictures",
+    "precision": "precision",
+    "recall": "recall",
+    "retrieval": "prompts found again",
+}
+
+
+def draw_buys(shared: Sequence[Row], answers: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """What rows of the UNet buy: plain steps, a rule, fitted plans, trained weights; by measure."""
+    lines: dict[str, list[Row]] = {}
+    for row in shared:
+        if label := _buyer(row):
+            lines.setdefault(label, []).append(row)
+    for row in answers["fcr200-spread-10 against the shipped model"]:
+        if not row["blend"] or row["blend"] == "extrapolate":
+            lines.setdefault("features alike (FCR, lambda 10)", []).append(row)
+    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+    panels = figure.subplots(2, 3).flatten()
+    for axes, (measure, heading) in zip(panels, PANELS.items(), strict=False):
+        for index, (label, rows) in enumerate(lines.items()):
+            points = [
+                (100 * row["share"], value["mean"] if isinstance(value, Mapping) else value)
+                for row in sorted(rows, key=share)
+                if (value := row[measure]) is not None
+            ]
+            style = {"color": "black", "linestyle": "--"} if label == PLAIN else {}
+            axes.plot(*zip(*points, strict=True), marker="osD^v*Px"[index], label=label, **style)
+        axes.set(xscale="log", title=heading, xlabel="rows of the UNet")
+        axes.set_xticks([3, 6, 10, 20, 34, 100], ["3", "6", "10", "20", "34", "100"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.2)
+    panels[0].set(yscale="log")
+    panels[-1].axis("off")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
+    _save(figure, path)
+
+
+def _buyer(row: Row) -> str | None:
+    """Whose line in `draw_buys` a row is on; trials of a few steps are on none."""
+    if row["checkpoint"].startswith("short"):
+        return None
+    if row["checkpoint"] != "shipped":
+        return "pictures right (trained for the plan)"
+    if row["plain"]:
+        return PLAIN
+    return "fitted plans" if "fitted plan" in row["name"] else "output cache, extrapolate"
+
+
+def _save(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # equal data, equal file
         figure.savefig(path, metadata={"Date": None})
 
@@ -302,9 +357,10 @@ def uniform(row: Row) -> bool:
     return row["key_calls"] == list(range(0, row["num_calls"], int(stride(row))))
 
 
-def draw(answers: Mapping[str, Sequence[Row]], folder: Path) -> None:
+def draw(answers: Mapping[str, Sequence[Row]], shared: Sequence[Row], folder: Path) -> None:
     """The page's plots."""
     folder.mkdir(exist_ok=True)
+    draw_buys(shared, answers, folder / "buys.svg")
     plain = [row for row in answers["plain sampling with fewer steps"] if row["plain"]]
     blends = [row for row in answers["which blend"] if not row["plain"]]
 

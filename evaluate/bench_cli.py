@@ -54,6 +54,13 @@ class _BenchOptions:
     )
     strides: tuple[int, ...] = strides_option(DEFAULT_STRIDES)
     paper: bool = option(is_flag=True, default=False, help="Also Faster Diffusion's key calls.")
+    plan_files: tuple[Path, ...] = option(
+        "--plan",
+        default=(),
+        multiple=True,
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Also every plan in this file, which encache-fit fitted to the model.",
+    )
     steps: int = option(type=click.IntRange(1), default=50)
     guidance_scale: float | None = option(type=FiniteFloat(), help="Default: the model's own.")
     batches: tuple[int, ...] = option(
@@ -154,6 +161,7 @@ class _Session:
         import torch
 
         from encache.evaluate.contenders import Task
+        from encache.evaluate.selection import read_fitting
         from encache.runtime.key_calls import paper_key_calls, strides_within
         from encache.runtime.settings import Policy
         from encache.runtime.solver import count_calls
@@ -171,6 +179,11 @@ class _Session:
             policies["the paper's key calls"] = Policy(key_calls=paper_key_calls(num_calls))
         scale = bench.guidance_scale
         scale = checkpoint.guidance_scale if scale is None else scale
+        for fitted in read_fitting(
+            bench.plan_files, checkpoint.fingerprint, pipeline.scheduler, bench.steps, scale
+        ):
+            name = f"fitted plan of {fitted.num_evaluations} runs"
+            policies[name] = Policy(plan=fitted)
         task = Task(PROMPTS, bench.steps, scale, size.height, size.width, policies)
         return cls(checkpoint, trained, bench, size, engine_dir, device, dtype, pipeline, task)
 

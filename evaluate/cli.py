@@ -1,32 +1,24 @@
 """`encache-eval`: what a cached sampler costs and saves, paired with the full one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from encache.command import Command, FiniteFloat
+from encache.command import Command
 from encache.contract.dtypes import DTYPES
 from encache.errors import EncacheError
+from encache.evaluate.selection import Selection, SettingOptions
 from encache.export.options import EngineDir, SizeOptions
-from encache.model.spec import CUTS, DEFAULT_CUT, Cut
 from encache.options import option, takes
-from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
-from encache.runtime.options import strides_option
-from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from encache.evaluate.real import Real
     from encache.evaluate.sampling import Evaluation, Model
     from encache.evaluate.settings import Protocol, Setting
-    from encache.model.checkpoint import Checkpoint
-
-
-#: Compared unless others are asked for.
-DEFAULT_STRIDES = (3, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -44,41 +36,6 @@ class _ModelOptions:
     backend: str = option(type=click.Choice(("torch", "onnxruntime")), default="torch")
     dtype: str = option(type=click.Choice(DTYPES), default="fp32")
     device: str | None = option(help="Of torch. Default: a GPU where there is one.")
-
-
-@dataclass(frozen=True)
-class _SettingOptions:
-    """How they are sampled."""
-
-    steps: int = option(type=click.IntRange(1), default=50)
-    scheduler: str | None = option(
-        type=click.Choice(tuple(SCHEDULERS)), help="Default: the model's own."
-    )
-    guidance_scale: float | None = option(
-        type=FiniteFloat(), help="Default: the first model's own."
-    )
-    cuts: tuple[Cut, ...] = option(
-        "--cut", type=click.Choice(CUTS), multiple=True, default=(DEFAULT_CUT,)
-    )
-    blends: tuple[Blend, ...] = option(
-        "--blend", type=click.Choice(BLENDS), multiple=True, default=(DEFAULT_BLEND, "reuse")
-    )
-    strides: tuple[int, ...] = strides_option(DEFAULT_STRIDES)
-    paper_key_calls: bool = option(
-        is_flag=True, default=False, help="Also Faster Diffusion's list of key calls."
-    )
-    prior_noise: bool = option(is_flag=True, default=False, help="Also with prior noise.")
-    plain_steps: tuple[int, ...] = option(
-        default=(),
-        type=click.IntRange(1),
-        multiple=True,
-        help="Also the plain sampler with so many steps. Always: as many as each setting's "
-        "arithmetic buys.",
-    )
-    reference_steps: int | None = option(
-        type=click.IntRange(1),
-        help="Measure errors against the plain sampler with so many steps, not against --steps.",
-    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +75,7 @@ class _MeasureOptions:
 @click.command(cls=Command)
 @takes(
     chosen=_ModelOptions,
-    sampling=_SettingOptions,
+    sampling=SettingOptions,
     size=SizeOptions,
     measured=_MeasureOptions,
     place=EngineDir,
@@ -131,7 +88,7 @@ class _MeasureOptions:
 )
 def main(
     chosen: _ModelOptions,
-    sampling: _SettingOptions,
+    sampling: SettingOptions,
     size: SizeOptions,
     measured: _MeasureOptions,
     place: EngineDir,
@@ -160,7 +117,7 @@ def main(
         raise EncacheError(f"{report} holds a page of something else: choose another --report.")
     models = _open_models(chosen, place.engine_dir)
     protocol = _protocol(models, sampling, size, measured)
-    plan = _Comparison.of(models, protocol, sampling)
+    plan = Selection.of(models, protocol, sampling)
     if measured.dry_run:
         click.echo("\n".join(one.name for one in plan.listed))
         return
@@ -193,7 +150,7 @@ def main(
 
 def _protocol(
     models: "dict[str, Model]",
-    sampling: _SettingOptions,
+    sampling: SettingOptions,
     size: SizeOptions,
     measured: _MeasureOptions,
 ) -> "Protocol":
@@ -214,67 +171,6 @@ def _protocol(
         measured.batch_size,
         measured.max_decode_batch,
     )
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """What is compared with what.
-
-    Attributes:
-        first: the first model's full sampler.
-        reference: what errors are measured against.
-        listed: all settings, each once.
-        full_of: by model, the full sampler whose arithmetic is 1.
-        opponents: of each cached setting, the plain sampler at equal arithmetic.
-    """
-
-    first: "Setting"
-    reference: "Setting"
-    listed: "list[Setting]"
-    full_of: "dict[str, Setting]"
-    opponents: "dict[Setting, Setting]"
-
-    @classmethod
-    def of(
-        cls, models: "dict[str, Model]", protocol: "Protocol", sampling: _SettingOptions
-    ) -> "_Comparison":
-        from encache.evaluate.rows import plain_at_equal_arithmetic
-        from encache.evaluate.settings import Setting, cached_settings, own_setting
-        from encache.model.preset import UNSAID
-        from encache.runtime.key_calls import paper_key_calls, strides_within
-
-        trained_for = {
-            label: own_setting(label, model.checkpoint)
-            for label, model in models.items()
-            if model.checkpoint.preset != UNSAID
-        }
-        # Weights that were trained for one plan are drawn by it; under another they mean little.
-        solver, steps = sampling.scheduler or "", sampling.steps
-        fulls = [Setting(one, solver, steps) for one in models if one not in trained_for]
-        first = fulls[0]
-        num_calls = models[first.model].plan(first).num_calls
-        cached = cached_settings(
-            fulls,
-            sampling.cuts,
-            sampling.blends,
-            sampling.strides or strides_within(DEFAULT_STRIDES, num_calls),
-            [paper_key_calls(num_calls)] if sampling.paper_key_calls else [],
-            [False, True] if sampling.prior_noise else [False],
-        )
-        full_of = {full.model: full for full in fulls}
-        full_of |= {
-            label: full_of[_base_of(models[label].checkpoint, models) or first.model]
-            for label in trained_for
-        }
-        cached += trained_for.values()
-        opponents = {
-            one: plain_at_equal_arithmetic(models, protocol, one, full_of[one.model])
-            for one in cached
-        }
-        reference = replace(first, steps=sampling.reference_steps or steps)
-        asked = [replace(first, steps=count) for count in sampling.plain_steps]
-        listed = dict.fromkeys([reference, *fulls, *asked, *opponents.values(), *cached])
-        return cls(first, reference, list(listed), full_of, opponents)
 
 
 def _read_real(
@@ -318,12 +214,6 @@ def _open_models(chosen: _ModelOptions, engine_dir: Path) -> "dict[str, Model]":
         raise click.UsageError(f"--device {device} cannot be used: {reason}") from error
     backend = Backend(chosen.backend, chosen.dtype, device, engine_dir)
     return {label: Model(one, backend) for label, one in zip(labels, found, strict=True)}
-
-
-def _base_of(trained: "Checkpoint", models: "dict[str, Model]") -> str | None:
-    """The label of the model that weights were trained from, if it is there."""
-    labels = [one for one, model in models.items() if model.checkpoint == trained.base]
-    return labels[0] if labels else None
 
 
 def _open_evaluation(

@@ -85,7 +85,10 @@ class Task:
     @property
     def facts(self) -> dict[str, Any]:
         """As a report holds it."""
-        policies = {name: policy.arguments for name, policy in self.policies.items()}
+        policies = {
+            name: {**policy.arguments, "plan": policy.plan and policy.plan.hash()}
+            for name, policy in self.policies.items()
+        }
         return {**asdict(self), "policies": policies}
 
     @property
@@ -175,8 +178,10 @@ def cached(
     """
     fewer = {task.steps}
     for (cut, pipeline), (name, policy) in product(pipelines.items(), task.policies.items()):
+        if policy.plan and cut != NO_CUT:
+            continue
         plan = make_plan(pipeline.scheduler, task.steps, replace(policy, cut=cut))
-        gflop = gflop_of(plan, arithmetic[cut])
+        gflop = gflop_of(plan, arithmetic[cut], 1)
         fewer.add(steps_within(pipeline.scheduler, task.steps, gflop, arithmetic[cut]))
         call = {**task.call, "num_inference_steps": task.steps, **policy.arguments}
         yield _of(pipeline, f"cut {cut}, {name}", call, gflop * task.rows)
@@ -193,7 +198,7 @@ def trained_contender(
     pipeline, settings = trained.open(backend), trained.settings
     plan = make_plan(pipeline.scheduler, settings.steps, settings.policy)
     name = f"trained for {plan.num_evaluations} of {plan.num_calls} calls"
-    gflop = settings.rows * gflop_of(plan, arithmetic)
+    gflop = gflop_of(plan, arithmetic, settings.rows)
     return _of(pipeline, name, {**task.call, **settings.arguments}, gflop)
 
 
@@ -216,7 +221,7 @@ def comparison(
         limits: further arguments of the pipelines.
     """
     plan = make_plan(pipelines[0].scheduler, settings.steps, settings.policy)
-    gflop = settings.rows * gflop_of(plan, arithmetic)
+    gflop = gflop_of(plan, arithmetic, settings.rows)
     steps = steps_within(full.scheduler, task.steps, gflop / task.rows, arithmetic)
     call = {**task.call, **settings.arguments, **limits}
     name = f"{plan.num_evaluations} of {plan.num_calls} calls"

@@ -7,9 +7,15 @@ from encache.runtime.plan import Plan
 from encache.runtime.solver import count_calls
 
 
-def gflop_of(plan: Plan, arithmetic: Arithmetic) -> float:
-    """Of one row of the batch over a whole run."""
-    return arithmetic.total(plan.num_evaluations, plan.num_calls)
+def gflop_of(plan: Plan, arithmetic: Arithmetic, rows: int) -> float:
+    """Of one picture.
+
+    Args:
+        plan: whose evaluations may leave guidance out.
+        arithmetic: of one row.
+        rows: of a guided call, per picture.
+    """
+    return arithmetic.total(plan.count_rows(rows), rows * plan.num_calls)
 
 
 def steps_within(scheduler: Any, steps: int, gflop: float, arithmetic: Arithmetic) -> int:

@@ -17,12 +17,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from encache.errors import EncacheError
+from encache.evaluate.fidelity import perceptual_distance
 
 #: The weights that make a Frechet distance on Inception's features comparable with published FID.
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
+#: Pixels of the shorter side below which pictures are enlarged to be compared.
+_SMALLEST = 64
 ExtractorName = Literal["efficientnet-lite0", "inception"]
 
 
@@ -49,17 +52,29 @@ class Extractor:
         name: the network and the first digits of its weights' sha256.
         network: from pictures on the device to numbers.
         device: where it runs.
+        layers: from pictures on the device, at their own size, to its features by layer
+            [B, C_l, h_l, w_l]; None where there is no such view.
     """
 
     name: str
     network: Callable[[Tensor], Extracted]
     device: str
+    layers: Callable[[Tensor], Sequence[Tensor]] | None = None
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Extracted:
         found = self.network(pictures.to(self.device, torch.float32))
         parts: dict[str, Tensor | None] = vars(found)
         return replace(found, **{name: one.cpu() for name, one in parts.items() if one is not None})
+
+    @torch.inference_mode()
+    def distance(self, pictures: Tensor, reference: Tensor) -> Tensor:
+        """Perceptual distance [B] of pictures [B, 3, H, W] in [0, 1], of a network with layers."""
+        assert self.layers
+        ours, theirs = (
+            self.layers(one.to(self.device, torch.float32)) for one in (pictures, reference)
+        )
+        return perceptual_distance(ours, theirs).cpu()
 
 
 def load_extractor(
@@ -134,7 +149,17 @@ def _load_efficientnet(weights: Path | None, device: str) -> Extractor:
         features = maps.mean((2, 3))
         return Extracted(features, network._fc(features).softmax(1))
 
-    return Extractor(f"efficientnet-lite0-{digest}", extract, device)
+    def layers(pictures: Tensor) -> list[Tensor]:
+        """The last map of each size; at the pictures' own size, as LPIPS looks at them."""
+        smallest = min(pictures.shape[-2:])
+        if smallest < _SMALLEST:  # its last maps would have no place left
+            pictures = interpolate(pictures, scale_factor=_SMALLEST / smallest, mode="bicubic")
+        maps = [network._bn0(network._conv_stem(_to_lite_scale(pictures)))]
+        for block in network._blocks:
+            maps.append(block(maps[-1]))
+        return [*{one.shape[-2:]: one for one in maps}.values()]
+
+    return Extractor(f"efficientnet-lite0-{digest}", extract, device, layers)
 
 
 def to_lite_input(pictures: Tensor) -> Tensor:
@@ -143,8 +168,11 @@ def to_lite_input(pictures: Tensor) -> Tensor:
     That is the range of its training: unlike the other EfficientNets, the Lite ones take neither
     ImageNet's mean nor its deviation.
     """
-    scaled = interpolate(pictures, (224, 224), mode="bicubic", antialias=True)
-    return (255 * scaled - 127) / 128
+    return _to_lite_scale(interpolate(pictures, (224, 224), mode="bicubic", antialias=True))
+
+
+def _to_lite_scale(pictures: Tensor) -> Tensor:
+    return (255 * pictures - 127) / 128
 
 
 # Inception

@@ -1,7 +1,10 @@
 """How near a picture is to another one of the same noise and prompt."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
+from torch.nn.functional import normalize
 
 
 def relative_error(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -27,3 +30,20 @@ def psnr(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
     error = ((pictures - reference) ** 2).reshape(len(pictures), -1).mean(axis=1)
     with np.errstate(divide="ignore"):
         return np.minimum(-10 * np.log10(error), 99.0)
+
+
+def perceptual_distance(maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """How different two sets of pictures look to a network [n]; 0 for equal ones.
+
+    d = sum_l mean over places of ||a_l / ||a_l|| - b_l / ||b_l||||^2, over layers l. That is LPIPS
+    (Zhang et al., arXiv 1801.03924, equation 1) with all its learned weights w_l at 1.
+
+    Args:
+        maps: features by layer [n, C_l, h_l, w_l].
+        reference: those of the other pictures.
+    """
+    distances = [
+        (normalize(ours) - normalize(theirs)).square().sum(1).mean((1, 2))
+        for ours, theirs in zip(maps, reference, strict=True)
+    ]
+    return sum(distances[1:], distances[0])

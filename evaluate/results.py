@@ -45,7 +45,9 @@ class Row:
         opponent: name of the plain row with as many steps as this one's arithmetic buys.
         times_plain: the mean latent error as a multiple of the opponent's, over the same pictures.
         psnr, ssim: of the pictures against the full sampler's at the same seeds; in dB, and <= 1.
-        frechet: distance to real pictures.
+        perceptual: distance to the full sampler's pictures at the same seeds, as a network sees it.
+        frechet_to_full: distance of the pictures' distribution to that of the full sampler's.
+        frechet: to that of real pictures.
         spatial_frechet: the same on features that keep their places (sFID with Inception).
         precision, recall: of the pictures' distribution against the real one.
         inception_score: of the pictures.
@@ -73,6 +75,8 @@ class Row:
     times_plain: Interval | None = None
     psnr: Interval | None = None
     ssim: Interval | None = None
+    perceptual: Interval | None = None
+    frechet_to_full: float | None = None
     frechet: float | None = None
     spatial_frechet: float | None = None
     precision: float | None = None

@@ -89,6 +89,12 @@ def make_row(
         times_plain=_times_plain(evaluation, pairs["latent_error"], opponent, reference),
         psnr=None if is_reference else _interval(pairs["psnr"], prompts),
         ssim=None if is_reference else _interval(pairs["ssim"], prompts),
+        perceptual=(
+            None
+            if is_reference or "perceptual" not in pairs
+            else _interval(pairs["perceptual"], prompts)
+        ),
+        frechet_to_full=_frechet_to_full(evaluation, setting, reference),
         clip_score=(
             _interval(extracted["clip_score"], prompts) if "clip_score" in extracted else None
         ),
@@ -114,6 +120,13 @@ def _distribution(extracted: Arrays, real: Real | None, prompts: Sequence[str]) 
     return found
 
 
+def _frechet_to_full(evaluation: Evaluation, setting: Setting, reference: Setting) -> float | None:
+    if setting == reference or not evaluation.extractor or evaluation.protocol.num_images < 2:
+        return None
+    ours, theirs = (evaluation.extract_all(one)["features"] for one in (setting, reference))
+    return frechet_distance(ours, theirs)
+
+
 def _times_plain(
     evaluation: Evaluation, errors: np.ndarray, opponent: Setting | None, reference: Setting
 ) -> Interval | None:
@@ -137,4 +150,4 @@ def _gflop(models: Mapping[str, Model], protocol: Protocol, setting: Setting) ->
     """UNet arithmetic of one picture."""
     model = models[setting.model]
     plan, arithmetic = model.plan(setting), model.arithmetic(setting.cut, protocol)
-    return protocol.rows_of(setting) * gflop_of(plan, arithmetic)
+    return gflop_of(plan, arithmetic, protocol.rows_of(setting))

@@ -129,9 +129,8 @@ class Evaluation:
         def sample() -> Arrays:
             pipeline = model.pipeline(setting.cut)
             if (setting.model, setting.cut) not in self._warm:
-                self._sample(
-                    pipeline, replace(setting, steps=2, stride=1, key_calls=None), pictures
-                )
+                short = replace(setting, steps=2, stride=1, key_calls=None, fitted=None)
+                self._sample(pipeline, short, pictures)
                 self._warm.add((setting.model, setting.cut))
             start = time.perf_counter()
             latents = self._sample(pipeline, setting, pictures)
@@ -141,12 +140,22 @@ class Evaluation:
         return self.store.get(self._describe(setting, pictures), sample)
 
     def compare(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
-        """How far one batch is from the reference's: `latent_error`, `psnr`, `ssim` [n] each."""
+        """How far one batch is from the reference's: `latent_error`, `psnr`, `ssim` [n] each.
+
+        With an extractor that has layers also `perceptual` [n].
+        """
         description = {
             "compared": self._describe(setting, pictures),
             "reference": self._describe(reference, pictures),
         }
-        return self.store.get(description, lambda: self._compare(setting, reference, pictures))
+        found = self.store.get(description, lambda: self._compare(setting, reference, pictures))
+        if not (self.extractor and self.extractor.layers):
+            return found
+        seen = {**description, "extractor": self.extractor.name}
+        return {
+            **found,
+            **self.store.get(seen, lambda: self._perceive(setting, reference, pictures)),
+        }
 
     def compare_all(self, setting: Setting, reference: Setting) -> Arrays:
         """What `compare` finds in all batches, joined."""
@@ -217,6 +226,11 @@ class Evaluation:
             "psnr": psnr(drawn.numpy(), wanted.numpy()),
             "ssim": ssim(drawn, wanted).numpy(),
         }
+
+    def _perceive(self, setting: Setting, reference: Setting, pictures: range) -> Arrays:
+        assert self.extractor
+        wanted, drawn = self.pictures(reference, pictures), self.pictures(setting, pictures)
+        return {"perceptual": self.extractor.distance(drawn, wanted).numpy()}
 
     def _sample(self, pipeline: EncachePipeline, setting: Setting, pictures: range) -> np.ndarray:
         pipeline.scheduler = self.models[setting.model].scheduler(setting)

@@ -13,6 +13,7 @@ from encache.model.checkpoint import Checkpoint
 from encache.model.preset import UNSAID
 from encache.model.spec import DEFAULT_CUT, Cut, rows_per_picture
 from encache.runtime.blend import DEFAULT_BLEND, DEFAULT_STRIDE, Blend
+from encache.runtime.plan import Plan
 from encache.runtime.settings import Policy, resolve
 
 
@@ -26,6 +27,7 @@ class Setting:
         steps: num_inference_steps.
         cut, blend, stride, key_calls, prior_noise: the caching policy; stride 1 caches nothing.
         guidance_scale: None for the protocol's.
+        fitted: a plan that was fitted to the model, in place of a policy.
     """
 
     model: str
@@ -37,15 +39,18 @@ class Setting:
     key_calls: tuple[int, ...] | None = None
     prior_noise: bool = False
     guidance_scale: float | None = None
+    fitted: Plan | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the encoder runs at every call."""
-        return self.stride == 1 and self.key_calls is None
+        return self.stride == 1 and self.key_calls is None and self.fitted is None
 
     @property
     def policy(self) -> Policy:
         """How it is cached."""
+        if self.fitted:
+            return Policy(cut=self.cut, plan=self.fitted)
         # Plain sampling has each call's own features: a second slot would cost for naught.
         blend: Blend = "reuse" if self.plain else self.blend
         return Policy(self.stride, self.key_calls, blend, self.prior_noise, self.cut)
@@ -54,7 +59,9 @@ class Setting:
     def name(self) -> str:
         """What it is, in a few words that differ from those of any other setting."""
         words = [self.model, self.scheduler, f"{self.steps} steps"]
-        if not self.plain:
+        if self.fitted:
+            words += [f"fitted plan of {self.fitted.num_evaluations} runs", self.fitted.hash()[:6]]
+        elif not self.plain:
             keys = self.key_calls and "keys " + " ".join(map(str, self.key_calls))
             words += [self.cut, self.blend, keys or f"stride {self.stride}"]
         words += ["prior noise"] * self.prior_noise

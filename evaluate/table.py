@@ -137,6 +137,17 @@ _QUALITY = (
         lambda row: number(row.ssim, "{:.3f}"),
     ),
     Column(
+        "perceptual&nbsp;↓",
+        "LPIPS' distance, without its learned weights, to the full sampler's pictures at the same "
+        "seeds",
+        lambda row: number(row.perceptual),
+    ),
+    Column(
+        "Fréchet to full&nbsp;↓",
+        "distance of the pictures' distribution to that of the full sampler's",
+        lambda row: number(row.frechet_to_full, digits=3),
+    ),
+    Column(
         "Fréchet&nbsp;↓",
         "distance of the pictures' distribution to that of real pictures",
         lambda row: number(row.frechet, digits=3),

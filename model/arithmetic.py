@@ -27,9 +27,9 @@ class Arithmetic:
         """One undivided evaluation."""
         return self.encoder + self.decoder
 
-    def total(self, num_evaluations: int, num_calls: int) -> float:
-        """GFLOP of one row over a whole sampling run."""
-        return num_evaluations * self.encoder + num_calls * self.decoder
+    def total(self, encoder_rows: int, decoder_rows: int) -> float:
+        """GFLOP of so many rows."""
+        return encoder_rows * self.encoder + decoder_rows * self.decoder
 
 
 def count_arithmetic(

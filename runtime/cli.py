@@ -1,6 +1,7 @@
 """`encache-run`: from a prompt to pictures, through a cached denoiser."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -190,19 +191,22 @@ def _draw(
     generator: "Generator", batches: Sequence[Sequence["Order"]], paths: Sequence[Path]
 ) -> None:
     """Draw and save batch by batch, so that a run that is stopped keeps what it has."""
+    from encache.files import WRITERS
     from encache.runtime.images import find_png, save_png
 
     places = iter(paths)
-    for orders in batches:
-        told = [(generator.describe(order), next(places)) for order in orders]
-        drawn = [find_png(path, own) for own, path in told]
-        if None in drawn:  # the whole batch again, for which engines may be compiled
-            generator.pipeline.set_progress_bar_config(desc=orders[0].job.prompt[:40])
-            for place, image in generator(orders):
-                own, path = told[place]
-                drawn[place] = drawn[place] or save_png(image, path, own)
-        for path in filter(None, drawn):
-            echo_path(path)
+    with ThreadPoolExecutor(WRITERS) as writers:
+        for orders in batches:
+            told = [(next(places), generator.describe(order)) for order in orders]
+            drawn = [find_png(*one) for one in told]
+            if None in drawn:  # the whole batch again, for which engines may be compiled
+                generator.pipeline.set_progress_bar_config(desc=orders[0].job.prompt[:40])
+                new = [one for one in generator(orders) if drawn[one[0]] is None]
+                saved = writers.map(save_png, *zip(*((i, *told[p]) for p, i in new), strict=True))
+                for (place, _), path in zip(new, saved, strict=True):
+                    drawn[place] = path
+            for path in filter(None, drawn):
+                echo_path(path)
 
 
 def _compare(

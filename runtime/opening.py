@@ -14,6 +14,7 @@ from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, 
 from encache.errors import CheckpointError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions, refuse_without_cut
 from encache.model.checkpoint import Checkpoint
+from encache.model.preset import UNSAID
 from encache.model.spec import NO_CUT, Cut
 from encache.runtime.options import KeyCalls, SamplingOptions
 from encache.runtime.settings import Policy, Settings, resolve
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from encache.runtime.plan import Plan
     from encache.runtime.planfile import FittedPlan
     from encache.runtime.solver import Scheduler
+
+
+#: PSNR in dB to the full sampler's pictures that a plan must have to be the default: that of the
+#: default stride on the shipped model (docs/study.md).
+DEFAULT_QUALITY = 48.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,14 @@ class Opening:
             return self.manifest.identity.model
         assert self.checkpoint
         return self.checkpoint.fingerprint
+
+    @property
+    def own_plans(self) -> Path | None:
+        """The file of fitted plans that lies with the model, if one does."""
+        from encache.runtime.planfile import PLANS
+
+        folder = self.checkpoint.folder if self.checkpoint else self.engine_dir
+        return folder / PLANS if folder and (folder / PLANS).is_file() else None
 
     def scheduler(self) -> "Scheduler":
         """The model's own."""
@@ -160,7 +174,8 @@ def resolve_run(
     from encache.runtime.schedulers import make_scheduler
 
     refuse_without_cut(opening.cut, "max_decode_batch")
-    fitted, model = sampling.fitted(), opening.model
+    own_plans, model = opening.own_plans, opening.model
+    fitted = sampling.fitted(own_plans) or _default_plan(own_plans, opening, sampling)
     preset = fitted.fitted_on.preset if fitted else model.preset
     solver = scheduler_from_config(preset.scheduler) if fitted else opening.scheduler()
     if sampling.scheduler:
@@ -209,6 +224,24 @@ def _resolve_key_calls(key_calls: KeyCalls, scheduler: "Scheduler", steps: int) 
     from encache.runtime.solver import count_calls
 
     return paper_key_calls(count_calls(scheduler, steps)) if key_calls == "paper" else key_calls
+
+
+def _default_plan(
+    own_plans: Path | None, opening: Opening, sampling: SamplingOptions
+) -> "FittedPlan | None":
+    """The cheapest of the model's own plans that is good, if nothing else is asked for."""
+    from encache.runtime.planfile import read_plans
+
+    if own_plans is None or sampling.says_how or opening.cut != NO_CUT:
+        return None
+    if opening.model.preset != UNSAID:
+        return None
+    plans = [one for one in read_plans(own_plans) if one.measured.psnr >= DEFAULT_QUALITY]
+    scale = sampling.guidance_scale
+    for fitted in plans[:1]:
+        near = scale is None or fitted.fitted_on.near(scale)
+        return fitted if near and fitted.fitted_on.model == opening.fingerprint else None
+    return None
 
 
 def _by_plan(

@@ -83,34 +83,46 @@ class SamplingOptions(SolverOptions):
     plan_file: Path | None = option(
         "--plan",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="Plans that encache-fit fitted to this model, in place of a stride and a blend.",
+        help="Plans that encache-fit fitted to this model, in place of a stride and a blend. "
+        "Default: plans.json in the model's folder.",
     )
     quality: float | None = option(
-        type=FiniteFloat(0), help="Of --plan the cheapest plan with so many dB PSNR."
+        type=FiniteFloat(0), help="Of the plans the cheapest one with so many dB PSNR."
     )
     budget: float | None = option(
         type=FiniteFloat(0, 1),
-        help="Of --plan the best plan for this share of the full sampler's rows.",
+        help="Of the plans the best one for this share of the full sampler's rows.",
     )
 
-    def fitted(self) -> "FittedPlan | None":
-        """The plan of --plan that --quality and --budget choose.
+    @property
+    def says_how(self) -> bool:
+        """Whether anything but guidance is said of the way to sample."""
+        said = (self.steps, self.scheduler, self.stride, self.key_calls, self.blend)
+        return any(one is not None for one in (*said, self.prior_noise))
+
+    def fitted(self, own_plans: Path | None) -> "FittedPlan | None":
+        """The plan that --plan, --quality and --budget choose; None where none of them is said.
+
+        Args:
+            own_plans: the model's own file, if it has one.
 
         Raises:
-            click.UsageError: an option means nothing beside another.
+            click.UsageError: an option means nothing beside another, or there are no plans.
             PlanError: the file holds no such plan.
         """
-        if self.plan_file is None:
-            for name in ("quality", "budget"):
-                if getattr(self, name) is not None:
-                    raise click.UsageError(f"--{name} chooses from the plans of --plan: give it.")
+        if self.plan_file is None and self.quality is None and self.budget is None:
             return None
+        path = self.plan_file or own_plans
+        if path is None:
+            raise click.UsageError(
+                "--quality and --budget choose from plans, and this model comes with none: give "
+                "--plan, a file that encache-fit has written."
+            )
         for name in typed_options({"stride", "key_calls", "blend", "prior_noise"}):
-            raise click.UsageError(f"{name} means nothing beside --plan, which says it all.")
+            raise click.UsageError(f"{name} means nothing beside a plan, which says it all.")
         from encache.runtime.planfile import choose_plan, read_plans
 
-        plans = read_plans(self.plan_file)
-        return choose_plan(plans, quality=self.quality, budget=self.budget)
+        return choose_plan(read_plans(path), quality=self.quality, budget=self.budget)
 
     def wished(self, cut: Cut) -> Preset:
         """What is said, apart from key calls, which depend on the scheduler's number of calls."""

@@ -20,6 +20,8 @@ from encache.runtime.plan import Branches, Evaluate, Plan, Row
 from encache.runtime.solver import Columns
 
 SCHEMA = "encache plans 1"
+#: The plans of a model or of an engine folder, in its folder.
+PLANS = "plans.json"
 #: More calls, columns or pictures than any plan has.
 _MOST = 10_000
 #: How far a run's guidance may be from the fitted one, as a share of it, before it is said.
@@ -46,6 +48,12 @@ class FittedOn:
     guidance_scale: float
     prompts: str
     num_pictures: int
+
+    def near(self, guidance_scale: float) -> bool:
+        """Whether what was measured says anything of this guidance."""
+        if rows_per_picture(guidance_scale) == rows_per_picture(self.guidance_scale) == 1:
+            return True
+        return abs(guidance_scale - self.guidance_scale) <= _NEAR * self.guidance_scale
 
     @property
     def preset(self) -> Preset:
@@ -211,8 +219,7 @@ def check_fits(
                 f"The plan was fitted for {difference}. Sample as it was fitted, fit another with "
                 "encache-fit, or leave --plan out."
             )
-    distance = abs(guidance_scale - fitted_on.guidance_scale)
-    if fitted == 2 and distance > _NEAR * fitted_on.guidance_scale:
+    if not fitted_on.near(guidance_scale):
         return (
             f"The plan was fitted for guidance {fitted_on.guidance_scale:g}; how good it is at "
             f"{guidance_scale:g} was not measured."

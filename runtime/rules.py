@@ -13,16 +13,15 @@ from encache.runtime.key_calls import check_key_calls
 from encache.runtime.plan import Evaluate, Plan, Row
 from encache.runtime.solver import Columns, Scheduler, probe_solver
 
-#: Weights of the predictions at key calls up to a call, for that call, of so many calls.
-Weigh = Callable[[Sequence[int], int, int], Sequence[float]]
+#: Weights of the predictions at the key calls up to a call, for that call; told which key call
+#: follows, or the number of calls where none does, and the number of calls.
+Weigh = Callable[[Sequence[int], int, int, int], Sequence[float]]
 
 
 def plan_of_weights(
     scheduler: Scheduler, num_steps: int, key_calls: Sequence[int], weigh: Weigh, name: str
 ) -> Plan:
     """A plan whose calls take a weighted sum of what the key calls so far have predicted.
-
-    A key call takes its own prediction.
 
     Args:
         scheduler: a deterministic diffusers scheduler.
@@ -42,9 +41,8 @@ def plan_of_weights(
     made[0, 0] = 1
     for call in range(table.num_calls):
         nodes = [key for key in keys if key <= call]
-        weights = [0.0] * (len(nodes) - 1) + [1.0]
-        if call not in keys:
-            weights = [*weigh(nodes, call, table.num_calls)]
+        following = (*keys, table.num_calls)[len(nodes)]
+        weights = weigh(nodes, call, following, table.num_calls)
         row = made[table.columns.prediction(call), columns.prediction(0) :]
         row[: len(nodes)] = torch.tensor(weights, dtype=torch.float64)
     inputs, samples = table.inputs.double() @ made, table.samples.double() @ made
@@ -66,8 +64,58 @@ def _row(numbers: torch.Tensor) -> Row:
     return tuple(numbers.tolist())
 
 
+def _own(nodes: Sequence[int]) -> list[float]:
+    """What a key call takes where a rule speaks of the calls between: its own prediction."""
+    return [0.0] * (len(nodes) - 1) + [1.0]
+
+
+def adams_weights(
+    nodes: Sequence[int], call: int, following: int, num_calls: int
+) -> Sequence[float]:
+    """AB2, the Adams-Bashforth method of two steps (as PLMS has it, arXiv 2202.09778).
+
+    F = F_0 + r / 2 (F_0 - F_-1) at every call from one key call to the next, which lie r times as
+    far apart as the last two did; in the middle of them a line has that value.
+
+    Args:
+        nodes: key calls.
+        call: from the last of them on; which one means nothing.
+        following: the next key call.
+        num_calls: means nothing here.
+    """
+    if len(nodes) == 1:
+        return [1.0]
+    half = (following - nodes[-1]) / (nodes[-1] - nodes[-2]) / 2
+    return [*_own(nodes[:-1])[:-1], -half, 1 + half]
+
+
+def zeus_weights(
+    nodes: Sequence[int], call: int, following: int, num_calls: int
+) -> Sequence[float]:
+    """ZEUS (arXiv 2604.01552): one step ahead by the last difference, then that again.
+
+    F = 2 F_0 - F_-1, with what the call before the key call took as F_-1, whether it was run or
+    forecast itself; the further calls up to the next key call reuse it, lest errors add up.
+
+    Args:
+        nodes: key calls.
+        call: from the last of them on.
+        following, num_calls: mean nothing here.
+    """
+    last = nodes[-1]
+    if call == last or len(nodes) == 1:
+        return _own(nodes)
+    before = [*zeus_weights(nodes[:-1], last - 1, last, num_calls), 0.0]
+    return [2 * own - earlier for own, earlier in zip(_own(nodes), before, strict=True)]
+
+
 def hermite_weights(
-    nodes: Sequence[int], call: int, num_calls: int, order: int = 2, scale: float = 0.5
+    nodes: Sequence[int],
+    call: int,
+    following: int,
+    num_calls: int,
+    order: int = 2,
+    scale: float = 0.5,
 ) -> Sequence[float]:
     """HiCache (arXiv 2508.16984): Taylor's forecast with scaled Hermite polynomials.
 
@@ -77,11 +125,13 @@ def hermite_weights(
 
     Args:
         nodes: key calls.
-        call: behind them.
-        num_calls: means nothing here.
+        call: from the last of them on.
+        following, num_calls: mean nothing here.
         order: largest k.
         scale: sigma.
     """
+    if call == nodes[-1]:
+        return _own(nodes)
     count = len(nodes)
     differences = [torch.eye(count, dtype=torch.float64)]  # by order, a row per node
     for _ in range(min(order, count - 1)):
@@ -106,7 +156,12 @@ def _hermite(power: int, x: float) -> float:
 
 
 def ridge_weights(
-    nodes: Sequence[int], call: int, num_calls: int, degree: int = 4, ridge: float = 0.1
+    nodes: Sequence[int],
+    call: int,
+    following: int,
+    num_calls: int,
+    degree: int = 4,
+    ridge: float = 0.1,
 ) -> Sequence[float]:
     """Spectrum (arXiv 2603.01623): a ridge fit of Chebyshev polynomials to all key calls so far.
 
@@ -115,11 +170,14 @@ def ridge_weights(
 
     Args:
         nodes: key calls.
-        call: behind them.
+        call: from the last of them on.
+        following: means nothing here.
         num_calls: N.
         degree: M.
         ridge: lambda.
     """
+    if call == nodes[-1]:
+        return _own(nodes)
     places = torch.tensor([*nodes, call], dtype=torch.float64) * 2 / num_calls - 1
     powers = torch.arange(degree + 1)
     polynomials = torch.cos(powers * torch.acos(places.clamp(-1, 1))[:, None])
@@ -129,4 +187,9 @@ def ridge_weights(
 
 
 #: By the name of the rule.
-RULES: dict[str, Weigh] = {"hicache": hermite_weights, "spectrum": ridge_weights}
+RULES: dict[str, Weigh] = {
+    "ab2": adams_weights,
+    "zeus": zeus_weights,
+    "hicache": hermite_weights,
+    "spectrum": ridge_weights,
+}

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
+from encache import __version__
 from encache.errors import EncacheError
 from encache.runtime.generator import Cost, Order
 from encache.runtime.images import encode_png
+from encache.serve import answers
 from encache.serve.asking import Format, Intake, OpenAIImages, Policy, TextToImage
 from encache.serve.desk import Desk, FullError
 from encache.serve.guard import FACTS, Guard, error_body
@@ -45,13 +47,17 @@ class Service:
         intake: turns requests into orders.
         desk: draws them.
         deadline: seconds after which a request ends.
+        keeps: whether pictures are kept for those who ask for their addresses.
     """
 
-    def __init__(self, name: str, intake: Intake, desk: Desk, deadline: float) -> None:
+    def __init__(
+        self, name: str, intake: Intake, desk: Desk, deadline: float, *, keeps: bool = True
+    ) -> None:
         self.name = name
         self.intake = intake
         self.desk = desk
         self.deadline = deadline
+        self.keeps = keeps
         self.kept: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
 
     async def draw(self, orders: Sequence[Order], cost: Cost, request: Request) -> "list[Image]":
@@ -123,24 +129,50 @@ def make_app(service: Service, metrics: Metrics, token: str | None) -> FastAPI:
         with service.desk:
             yield
 
-    app = FastAPI(title="encache", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="encache",
+        version=__version__,
+        description=answers.describe(service.intake.limits, service.deadline, service.desk.limits),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service = service
     app.add_middleware(Guard, metrics=metrics, token=token)
-    app.add_exception_handler(EncacheError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse)
-    app.add_api_route("/v1/images/generations", generate_images, methods=["POST"])
-    app.add_api_route("/v1/images/files/{name}", fetch_image, methods=["GET"])
-    app.add_api_route("/v1/plans", show_plan, methods=["POST"])
-    app.add_api_route("/v1/models", list_models, methods=["GET"])
-    app.add_api_route("/sdapi/v1/txt2img", text_to_image, methods=["POST"])
-    app.add_api_route("/", show_page, methods=["GET"])
-    app.add_api_route("/healthz", health, methods=["GET"])
-    app.add_api_route("/readyz", readiness, methods=["GET"])
-    app.add_api_route(
-        "/metrics", lambda: Response(metrics.to_text(), media_type="text/plain"), methods=["GET"]
-    )
+    for kind in (EncacheError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _refuse)
+    _add_routes(app, metrics)
+    schema = answers.document(app, token is not None)
+    app.openapi = lambda: schema  # type: ignore[method-assign]
     return app
+
+
+def _add_routes(app: FastAPI, metrics: Metrics) -> None:
+    app.add_api_route(
+        "/v1/images/generations",
+        generate_images,
+        methods=["POST"],
+        responses=answers.NAMED,
+        response_model_exclude_none=True,
+    )
+    app.add_api_route("/sdapi/v1/txt2img", text_to_image, methods=["POST"], responses=answers.DRAWN)
+    app.add_api_route("/v1/plans", show_plan, methods=["POST"], responses=answers.ASKED)
+    app.add_api_route(
+        "/v1/images/files/{name}",
+        fetch_image,
+        response_class=Response,
+        responses=answers.FILES,
+    )
+    app.add_api_route("/v1/models", list_models)
+    app.add_api_route("/", show_page, response_class=HTMLResponse)
+    app.add_api_route("/healthz", health)
+    app.add_api_route("/readyz", readiness, responses=answers.READY)
+    app.add_api_route(
+        "/metrics",
+        lambda: PlainTextResponse(metrics.to_text()),
+        name="metrics",
+        response_class=PlainTextResponse,
+    )
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:
@@ -149,7 +181,8 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
         headers = {"Retry-After": str(error.seconds)}
         return JSONResponse(error_body(str(error), "full"), 429, headers)
     if isinstance(error, HTTPException):
-        return JSONResponse(error_body(str(error.detail), "refused"), error.status_code)
+        body = error_body(str(error.detail), "refused")
+        return JSONResponse(body, error.status_code, error.headers)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
@@ -157,10 +190,12 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(str(error), "refused"), 400)
 
 
-async def generate_images(asked: OpenAIImages, request: Request, service: Served) -> dict[str, Any]:
+async def generate_images(asked: OpenAIImages, request: Request, service: Served) -> answers.Images:
     """Draw pictures, as OpenAI's client asks for them."""
     if asked.model not in (None, service.name):
         raise HTTPException(404, f"There is no model {asked.model!r} here, but {service.name!r}.")
+    if asked.response_format == "url" and not service.keeps:
+        raise HTTPException(400, "Pictures are not kept here: ask for b64_json.")
     orders, cost = await asyncio.to_thread(
         service.intake.take, asked.prompt, asked, asked.n, *asked.sides
     )
@@ -169,21 +204,21 @@ async def generate_images(asked: OpenAIImages, request: Request, service: Served
     data = []
     for order, picture in zip(orders, pictures, strict=True):
         encoded = await asyncio.to_thread(service.encode, picture, order, format)
-        facts: dict[str, Any] = {"seed": order.job.seed}
+        one = answers.Picture(seed=order.job.seed)
         if asked.response_format == "url":
             name = service.keep(encoded, format)
-            facts["url"] = str(request.url_for("fetch_image", name=name))
+            one.url = str(request.url_for("fetch_image", name=name))
         else:
-            facts["b64_json"] = base64.b64encode(encoded).decode()
-        data.append(facts)
+            one.b64_json = base64.b64encode(encoded).decode()
+        data.append(one)
     job = orders[0].job
-    return {
-        "created": int(time.time()),
-        "data": data,
-        "output_format": format,
-        "size": f"{job.width}x{job.height}",
-        "encache": vars(cost),
-    }
+    return answers.Images(
+        created=int(time.time()),
+        data=data,
+        output_format=format,
+        size=f"{job.width}x{job.height}",
+        encache=cost,
+    )
 
 
 async def fetch_image(name: str, service: Served) -> Response:
@@ -194,21 +229,20 @@ async def fetch_image(name: str, service: Served) -> Response:
     return Response(content, media_type=media_type)
 
 
-async def list_models(service: Served) -> dict[str, Any]:
+async def list_models(service: Served) -> answers.Models:
     """The one model that is served."""
-    return {
-        "object": "list",
-        "data": [{"id": service.name, "object": "model", "created": 0, "owned_by": "encache"}],
-    }
+    return answers.Models(data=[answers.Model(id=service.name)])
 
 
-async def show_plan(asked: Policy, service: Served) -> dict[str, Any]:
+async def show_plan(asked: Policy, service: Served) -> answers.Outline:
     """Which calls a policy runs, and what a picture costs, without drawing one."""
     outline = await asyncio.to_thread(service.intake.outline, asked)
-    return {"model": service.name, **outline}
+    return answers.Outline(model=service.name, **outline)
 
 
-async def text_to_image(asked: TextToImage, request: Request, service: Served) -> dict[str, Any]:
+async def text_to_image(
+    asked: TextToImage, request: Request, service: Served
+) -> answers.TextToImageAnswer:
     """Draw pictures, as web front ends of Stable Diffusion ask for them."""
     count = asked.batch_size * asked.n_iter
     orders, cost = await asyncio.to_thread(
@@ -221,11 +255,11 @@ async def text_to_image(asked: TextToImage, request: Request, service: Served) -
     ]
     seeds = [order.job.seed for order in orders]
     info = {"prompt": asked.prompt, "seed": seeds[0], "all_seeds": seeds, "encache": vars(cost)}
-    return {
-        "images": [base64.b64encode(one).decode() for one in files],
-        "parameters": asked.model_dump(),
-        "info": json.dumps(info),
-    }
+    return answers.TextToImageAnswer(
+        images=[base64.b64encode(one).decode() for one in files],
+        parameters=asked.model_dump(),
+        info=json.dumps(info),
+    )
 
 
 async def show_page() -> HTMLResponse:
@@ -234,12 +268,13 @@ async def show_page() -> HTMLResponse:
     return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
 
-async def health() -> dict[str, str]:
+async def health() -> answers.Status:
     """Whether the process lives."""
-    return {"status": "ok"}
+    return answers.Status(status="ok")
 
 
-async def readiness(service: Served) -> JSONResponse:
+async def readiness(service: Served, response: Response) -> answers.Status:
     """Whether it draws."""
     ready = service.desk.alive
-    return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+    response.status_code = 200 if ready else 503
+    return answers.Status(status="ready" if ready else "not ready")

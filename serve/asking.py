@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from encache.errors import EncacheError
-from encache.model.preset import Preset
+from encache.model.preset import UNSAID, Preset
 from encache.runtime.generator import Cost, Generator, Order, cost_of, stride_of
 from encache.runtime.jobs import Job
 from encache.runtime.plan import make_plan
@@ -142,6 +142,7 @@ class Intake:
 
     Attributes:
         generator: knows what can be drawn, and its cost.
+        default: how pictures are sampled if a request does not say; a fitted plan, perhaps.
         base: what the server's own options say of the sampling.
         model: what the model says.
         guidance_scale: the model's default.
@@ -149,6 +150,7 @@ class Intake:
     """
 
     generator: Generator
+    default: Settings
     base: Preset
     model: Preset
     guidance_scale: float
@@ -160,7 +162,9 @@ class Intake:
         Raises:
             EncacheError: a number is none, or there are too many steps.
         """
-        settings = resolve(policy.wished.over(self.base), self.model, self.guidance_scale)
+        settings = self.default
+        if policy.wished != UNSAID:
+            settings = resolve(policy.wished.over(self.base), self.model, self.guidance_scale)
         if not math.isfinite(settings.guidance_scale):
             raise EncacheError("guidance_scale must be a finite number.")
         if settings.steps > self.limits.steps:

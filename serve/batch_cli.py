@@ -1,6 +1,8 @@
 """`encache-batch`: a list of prompts to a folder of pictures, on one machine or many."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -121,7 +123,8 @@ def main(
             if output.shards
             else ImageFolder(output.output, rows)
         )
-        draw_rows(rows, recipe, pictures, _who_draws(recipe, work))
+        with redirect_stdout(sys.stderr):  # what Ray says of workers that it lost
+            draw_rows(rows, recipe, pictures, _who_draws(recipe, work))
     echo_path(output.output)
 
 

@@ -5,12 +5,14 @@ import os
 import pickle
 from collections import abc
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from encache.errors import EncacheError
 from encache.export.options import SizeOptions
+from encache.files import WRITERS
 from encache.progress import progress
 from encache.runtime.generator import Generator, Order, group
 from encache.runtime.images import encode_png
@@ -86,15 +88,14 @@ def draw_rows(rows: Sequence[Row], recipe: Recipe, output: Output, draw: Draw) -
     with (
         progress(total=len(rows), initial=there, unit="picture", desc="Drawing") as bar,
         closing(drawn),
+        ThreadPoolExecutor(WRITERS) as writers,
     ):
         for number, pictures in drawn:
-            new = []
-            for place, picture in zip(batches[number], pictures, strict=True):
-                row = rows[place]
-                if row.key not in output.done:
-                    output.save(row, picture)
-                    new.append(row)
-            output.record(new)
+            batch = zip((rows[place] for place in batches[number]), pictures, strict=True)
+            new = [(row, picture) for row, picture in batch if row.key not in output.done]
+            for _ in writers.map(output.save, *zip(*new, strict=True)):
+                pass
+            output.record([row for row, _ in new])
             bar.update(len(new))
     output.finish()
 

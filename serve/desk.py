@@ -74,7 +74,7 @@ class Desk:
         watcher: Watcher,
     ) -> None:
         self._draw = draw
-        self._limits = limits
+        self.limits = limits
         self._watcher = watcher
         self._changed = threading.Condition()
         self._tickets: list[_Ticket] = []
@@ -112,7 +112,7 @@ class Desk:
         """
         with self._changed:
             waiting = len(self._waiting())
-            if waiting + len(orders) > self._limits.most_waiting:
+            if waiting + len(orders) > self.limits.most_waiting:
                 raise FullError(waiting, 1 + round(waiting * self._seconds_each))
             tickets = [_Ticket(order) for order in orders]
             self._tickets += tickets
@@ -141,8 +141,8 @@ class Desk:
                     if self._open:  # the only one went away just now
                         continue
                     return
-                until = batch[0].since + self._limits.patience
-                while self._open and len(batch) < self._limits.batch_size:
+                until = batch[0].since + self.limits.patience
+                while self._open and len(batch) < self.limits.batch_size:
                     if not self._changed.wait(max(0.0, until - time.monotonic())):
                         break
                     if not (batch := self._alike()):
@@ -154,7 +154,7 @@ class Desk:
 
     def _alike(self) -> list[_Ticket]:
         tickets = self._waiting()
-        places = group([one.order for one in tickets], self._limits.batch_size)
+        places = group([one.order for one in tickets], self.limits.batch_size)
         return [tickets[place] for place in places[0]] if places else []
 
     def _finish(self, batch: Sequence[_Ticket]) -> None:

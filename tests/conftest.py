@@ -1,5 +1,6 @@
 """Small models with Stable Diffusion's exact component classes and random weights."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import that reads it
@@ -18,9 +19,13 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import read_outline
 from encache.model.preset import PRESET_KEY, Preset
 from encache.model.spec import DEFAULT_CUT
+from encache.runtime.plan import make_plan
+from encache.runtime.planfile import FittedOn, FittedPlan, Measured, write_plans
 from encache.runtime.schedulers import full_config
+from encache.runtime.settings import Policy
 from encache.train.text import train_tokenizer
 
 torch.set_num_threads(2)
@@ -226,3 +231,31 @@ def build(model_folder, tmp_path_factory, cut, dtype="fp32"):
 
     request = Request(find_checkpoint(model_folder), cut, dtype)
     return build_engines(request, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def plans(model_folder, tmp_path):
+    """Two plans that are the rule itself, at strides 2 and 5."""
+    checkpoint = find_checkpoint(model_folder)
+    scheduler = read_outline(checkpoint).scheduler
+    on = FittedOn(
+        model=checkpoint.fingerprint,
+        scheduler=json.dumps(full_config(scheduler)),
+        steps=10,
+        guidance_scale=3.0,
+        prompts="0" * 64,
+        num_pictures=1,
+    )
+    path = tmp_path / "plans.json"
+    write_plans(
+        path,
+        [
+            FittedPlan(
+                make_plan(scheduler, 10, Policy(stride)),
+                on,
+                Measured(1, error, (0.0, 1.0), 1.0, db),
+            )
+            for stride, error, db in ((2, 0.1, 40.0), (5, 0.2, 20.0))
+        ],
+    )
+    return path

@@ -1,9 +1,11 @@
-"""Text files as people's editors write them."""
+"""Files that outlive a power failure, and text files as people's editors write them."""
+
+import os
 
 import pytest
 
 from encache.errors import EncacheError
-from encache.files import decode_text, read_lines, read_text
+from encache.files import decode_text, read_lines, read_text, write_atomically, write_new
 
 MARKS = {"utf-8": b"", "utf-8-sig": b"", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}
 
@@ -39,3 +41,18 @@ def test_lines_end_where_an_editor_ends_them(tmp_path, end):
 def test_what_is_no_text(content, message):
     with pytest.raises(EncacheError, match=message):
         decode_text(content, "name")
+
+
+@pytest.mark.parametrize("write", [write_new, write_atomically])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, write):
+    path, flushed = tmp_path / "file", []
+
+    def fsync(descriptor):
+        assert not path.exists()
+        flushed.append(os.pread(descriptor, 99, 0))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert flushed == [b"content"]
+    assert [*tmp_path.iterdir()] == [path]

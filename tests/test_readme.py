@@ -17,6 +17,7 @@ Only looked at:
     pip, uv          every extra that they name is in pyproject.toml, every file is there
     python FILE      the file is there, and knows the options
     python -m        the module is there; pytest is not run again
+    serve run        the deployment is there, and knows the options
     venv, grep, .    nothing more than that they are one of these
 """
 
@@ -196,6 +197,16 @@ def look_at_python(words):
             assert f'"{word}"' in script.read_text(), f"{words[0]} has no {word}"
 
 
+def look_at_deployment(words):
+    """What Ray Serve is to run is there, and knows its options."""
+    assert words[0] == "run"
+    module, _, attribute = words[1].partition(":")
+    deployment = importlib.import_module(module)
+    assert callable(getattr(deployment, attribute))
+    named = {f"--{word.partition('=')[0]}" for word in words[2:]}
+    assert named <= options_of(deployment.command), named
+
+
 @pytest.mark.parametrize("words", commands())
 @pytest.mark.usefixtures("terminal")
 def test_what_a_user_types(words, monkeypatch):
@@ -207,6 +218,8 @@ def test_what_a_user_types(words, monkeypatch):
         look_at_install(arguments)
     elif name in ("python", "python3"):
         look_at_python(arguments)
+    elif name == "serve":
+        look_at_deployment(arguments)
     else:
         assert name in (".", "grep"), f"Nobody has said how {program} is tested."
 

@@ -1,4 +1,7 @@
-"""Files that are complete or not there at all, and text as any editor writes it."""
+"""Files that are complete or not there at all, and text as any editor writes it.
+
+That holds after a power failure too: a file's content is on the disk before it gets its name.
+"""
 
 import codecs
 import errno
@@ -13,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from encache.errors import EncacheError
+
+#: Files that are written at once: a disk takes hardly longer for several than for one.
+WRITERS = 8
 
 
 def check_writable(folder: Path) -> None:
@@ -53,6 +59,12 @@ def _beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _flush(path: Path) -> None:
+    """Wait until the file's content is on the disk; else its name could get there first."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to, and rename it there if the block succeeds."""
@@ -62,6 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
+        _flush(temporary)
         os.replace(temporary, path)
 
 
@@ -73,6 +86,7 @@ def write_new(path: Path, content: bytes) -> None:
     """
     with _beside(path) as temporary:
         temporary.write_bytes(content)
+        _flush(temporary)
         try:
             os.link(temporary, path)
         except OSError as error:

@@ -75,6 +75,26 @@ def test_rows_of_every_backend(model_folder, up2_folder, tmp_path):
     assert "onnxruntime, cut up2, stride 3" in result.stdout
 
 
+def test_fitted_plans_are_timed_beside_strides(model_folder, plans, tmp_path):
+    """Here plans that are the rule itself, at strides 2 and 5."""
+    path = tmp_path / "bench.json"
+    command = ["--ckpt", model_folder, "--backend", "torch", "--cut", "none", "--cut", "up2"]
+    command += ["--repeats", 1, "--stride", 5, "--guidance-scale", 3, "--plan", plans]
+    result = bench(*command, "--steps", 10, "--json", path)
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    rows = {row["sampling"]: row for row in report["rows"] if row["backend"] == "torch"}
+    fitted, rule = (rows[f"cut none, {name}"] for name in ("fitted plan of 2 runs", "stride 5"))
+    assert fitted["gflop"] == rule["gflop"]
+    assert fitted["psnr"] == pytest.approx(rule["psnr"], abs=0.1)
+    assert "cut none, fitted plan of 5 runs" in rows
+    assert not any("cut up2, fitted" in name for name in rows)
+    assert len(report["task"]["policies"]["fitted plan of 2 runs"]["plan"]) == 16
+    refused = bench(*command, "--steps", 11)
+    assert refused.exit_code == 1
+    assert "fitted for 10 steps, not 11" in refused.stderr
+
+
 def test_weights_made_for_a_plan_are_timed_beside_their_base(model_folder, tmp_path):
     tuned = save_tuned(tmp_path, model_folder, ONE_SEGMENT)
     path = tmp_path / "bench.json"

@@ -79,6 +79,15 @@ def test_efficientnet_sees_the_range_that_it_was_trained_on(efficientnet):
     assert mismatch(network, plain) > 3 * ours
 
 
+def test_efficientnet_looks_at_five_sizes_of_map(efficientnet):
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    sizes = [tuple(one.shape[1:]) for one in efficientnet.layers(pictures)]
+    assert sizes == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+    near, far = pictures + 0.01 * torch.randn_like(pictures), pictures.flip(0)
+    assert efficientnet.distance(pictures, pictures).tolist() == [0, 0]
+    assert (efficientnet.distance(near, pictures) < efficientnet.distance(far, pictures)).all()
+
+
 def test_lite_input_is_the_8_bit_value_less_127_over_128():
     grey = torch.full((1, 3, 64, 48), 200 / 255)
     torch.testing.assert_close(to_lite_input(grey), torch.full((1, 3, 224, 224), 73 / 128))

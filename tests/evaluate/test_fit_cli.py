@@ -6,6 +6,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from encache.evaluate.cli import main as evaluate
 from encache.evaluate.fit_cli import main
 from encache.evaluate.store import Store
 from encache.runtime.planfile import read_plans
@@ -51,6 +52,25 @@ def test_a_front_is_fitted_measured_and_written(arguments, tmp_path):
     again = CliRunner().invoke(main, arguments("--runs", "3"))
     assert again.exit_code == 1
     assert "exists already" in again.output
+
+
+def test_fitted_plans_are_evaluated_beside_the_others(arguments, model_folder, tmp_path):
+    fit(arguments("--runs", "3", "--runs", "2"))
+    command = ["--ckpt", model_folder, "--prompts", tmp_path / "prompts.txt", "--num-images", 2]
+    command += ["--plan", tmp_path / "plans.json", "--stride", 2, "--no-drift", "--grid", 0]
+    command += ["--report", tmp_path / "report", "--steps"]
+    result = CliRunner().invoke(evaluate, list(map(str, [*command, 6])))
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    found = {row["encoder_runs"]: row for row in rows if "fitted plan" in row["name"]}
+    assert {runs: row["share"] for runs, row in found.items()} == {
+        2: pytest.approx(1 / 3),
+        3: pytest.approx(1 / 2),
+    }
+    assert all(row["opponent"] and row["latent_error"]["mean"] > 0 for row in found.values())
+    refused = CliRunner().invoke(evaluate, list(map(str, [*command, 7])))
+    assert refused.exit_code == 1
+    assert "The plan was fitted for 6 steps, not 7" in refused.stderr
 
 
 def test_a_killed_fit_goes_on_and_ends_equal(arguments, tmp_path, monkeypatch):

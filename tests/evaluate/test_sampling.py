@@ -1,5 +1,7 @@
 """An evaluation against the samplers it stands for, and what a repeated one computes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from diffusers import StableDiffusionPipeline
 from torch.nn.functional import mse_loss
 
 from encache.errors import EncacheError
+from encache.evaluate.distribution import frechet_distance
 from encache.evaluate.drift import measure_drift
+from encache.evaluate.extractors import Extracted, Extractor
 from encache.evaluate.fidelity import psnr
+from encache.evaluate.fit import widen
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model, relative_error, ssim
 from encache.evaluate.settings import Protocol, Setting, cached_settings, read_prompts
@@ -134,6 +139,53 @@ def test_a_row_counts_what_its_plan_runs(evaluation):
     assert row.num_images == 5
     full = make_row(evaluation, FULL, FULL, FULL)
     assert (full.share, full.latent_error, full.plain) == (1.0, None, True)
+
+
+def test_a_fitted_plan_is_one_more_setting(evaluation):
+    """Here one that nothing was fitted in: the rule's own numbers, over a wider history."""
+    rule = Setting("tiny", "", 10, "none", "extrapolate", 4)
+    wide = widen(evaluation.models["tiny"].plan(rule), ("apart", "conditional", "apart"), 3.0)
+    same = widen(evaluation.models["tiny"].plan(rule), ("apart",) * 3, 3.0)
+    fitted, sparse = (replace(FULL, fitted=plan) for plan in (same, wide))
+    assert not fitted.plain
+    assert len({FULL.name, fitted.name, sparse.name}) == 3
+    for pictures in PROTOCOL.batches:
+        ours, theirs = (evaluation.latents(one, pictures)["latents"] for one in (fitted, rule))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    rows = [make_row(evaluation, one, FULL, FULL) for one in (rule, fitted, sparse)]
+    assert rows[0].latent_error.mean == pytest.approx(rows[1].latent_error.mean, rel=1e-3)
+    assert [row.encoder_runs for row in rows] == [3, 3, 3]
+    # Six rows of twenty; one less where one call runs a single branch.
+    assert [row.share for row in rows] == pytest.approx([6 / 20, 6 / 20, 5 / 20])
+
+
+def test_what_a_network_sees_is_compared_with_the_full_sampler(evaluation):
+    features = [torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 8, 3, stride=2)]
+
+    def layers(pictures):
+        first = features[0](pictures)
+        return [first, features[1](first)]
+
+    def network(pictures):
+        return Extracted(layers(pictures)[1].mean((2, 3)))
+
+    evaluation.extractor = Extractor("small", network, "cpu", layers)
+    row = make_row(evaluation, CACHED, FULL, FULL)
+    drawn, wanted = (
+        torch.cat([evaluation.pictures(one, batch) for batch in PROTOCOL.batches])
+        for one in (CACHED, FULL)
+    )
+    with torch.no_grad():
+        pairs = [*zip(layers(drawn), layers(wanted), strict=True)]
+        expected = sum(
+            (2 - 2 * torch.cosine_similarity(ours, theirs, 1)).mean().item()
+            for ours, theirs in pairs
+        )
+        ours, theirs = (one.mean((2, 3)).numpy() for one in pairs[1])
+    assert row.perceptual.mean == pytest.approx(expected, rel=1e-4)
+    assert row.frechet_to_full == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
+    full = make_row(evaluation, FULL, FULL, FULL)
+    assert (full.perceptual, full.frechet_to_full) == (None, None)
 
 
 def test_the_opponent_has_at_most_the_same_arithmetic(evaluation):

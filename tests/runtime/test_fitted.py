@@ -1,6 +1,7 @@
 """encache-run --plan: a plan from a file draws as its numbers say, and only where it fits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,44 +9,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from encache.errors import EncacheError, PlanError
-from encache.model.checkpoint import find_checkpoint
-from encache.model.loading import read_outline
 from encache.runtime.cli import main
 from encache.runtime.images import read_metadata
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
-from encache.runtime.planfile import FittedOn, FittedPlan, Measured, write_plans
-from encache.runtime.schedulers import full_config
 from encache.runtime.settings import Policy
 from tests.conftest import make_pipeline
-
-
-@pytest.fixture
-def plans(model_folder, tmp_path):
-    """Two plans that are the rule itself, at strides 2 and 5."""
-    checkpoint = find_checkpoint(model_folder)
-    scheduler = read_outline(checkpoint).scheduler
-    on = FittedOn(
-        model=checkpoint.fingerprint,
-        scheduler=json.dumps(full_config(scheduler)),
-        steps=10,
-        guidance_scale=3.0,
-        prompts="0" * 64,
-        num_pictures=1,
-    )
-    path = tmp_path / "plans.json"
-    write_plans(
-        path,
-        [
-            FittedPlan(
-                make_plan(scheduler, 10, Policy(stride)),
-                on,
-                Measured(1, error, (0.0, 1.0), 1.0, db),
-            )
-            for stride, error, db in ((2, 0.1, 40.0), (5, 0.2, 20.0))
-        ],
-    )
-    return path
 
 
 @pytest.fixture
@@ -82,8 +51,8 @@ def test_a_plan_of_the_file_draws_its_own_picture(run, plans, tmp_path, chosen, 
         (("--steps", 20), "10 steps, not 20"),
         (("--scheduler", "euler"), "another solver"),
         (("--guidance-scale", 1), "guidance 3, not 1"),
-        (("--stride", 5), "--stride means nothing beside --plan"),
-        (("--blend", "reuse"), "--blend means nothing beside --plan"),
+        (("--stride", 5), "--stride means nothing beside a plan"),
+        (("--blend", "reuse"), "--blend means nothing beside a plan"),
         (("--quality", 60), "No plan in the file is that good"),
         (("--cut", "up2"), "caches the output"),
     ],
@@ -111,7 +80,67 @@ def test_another_guidance_is_warned_of_and_drawn(run, plans):
 
 
 def test_what_chooses_needs_plans(run):
-    assert "--budget chooses from the plans of --plan" in run("--budget", 0.5).stderr
+    assert "this model comes with none: give --plan" in run("--budget", 0.5).stderr
+
+
+@pytest.fixture
+def own(model_folder, plans, tmp_path):
+    """The key calls of a model that has plans of its own, the dear one of 50 dB."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    content = json.loads(plans.read_text())
+    content["plans"][0]["measured"]["psnr"] = 50.0
+    (folder / "plans.json").write_text(json.dumps(content))
+
+    def key_calls(*arguments):
+        command = ["--ckpt", folder, "--dry-run", *arguments]
+        result = CliRunner().invoke(main, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+        return tuple(json.loads(result.stdout)["key_calls"])
+
+    return key_calls
+
+
+def test_a_models_own_good_plan_is_its_default(own, tmp_path):
+    assert own() == (0, 2, 4, 6, 8)
+    assert own("--guidance-scale", 3.2) == (0, 2, 4, 6, 8)
+    assert own("--budget", 0.3) == own("--quality", 10) == (0, 5)
+    (tmp_path / "model" / "plans.json").unlink()
+    assert own() == tuple(range(0, 50, 3))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("--stride", 3, "--steps", 50),
+        ("--steps", 50),
+        ("--guidance-scale", 5),
+        ("--guidance-scale", 1),
+        ("--blend", "extrapolate"),
+        ("--no-prior-noise",),
+        ("--cut", "up2"),
+    ],
+)
+def test_whoever_says_how_gets_the_rule(own, said):
+    assert own(*said) == tuple(range(0, 50, 3))
+
+
+def test_plans_of_other_weights_are_no_default(own, tmp_path):
+    path = tmp_path / "model" / "plans.json"
+    content = json.loads(path.read_text())
+    content["fitted_on"]["model"] = "f" * 64
+    path.write_text(json.dumps(content))
+    assert own() == tuple(range(0, 50, 3))
+
+
+def test_an_engine_folder_may_hold_plans(engine_folder, plans, tmp_path):
+    folder = tmp_path / "engines"
+    shutil.copytree(engine_folder, folder)
+    shutil.copy(plans, folder)
+    command = ["--engine-dir", folder, "--dry-run", "--budget", 0.3]
+    result = CliRunner().invoke(main, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["key_calls"] == [0, 5]
 
 
 def test_in_python():

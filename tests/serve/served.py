@@ -9,9 +9,9 @@ import pytest
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions
 from encache.runtime.opening import Opening, resolve_run
 from encache.runtime.options import SamplingOptions
-from encache.serve.serve_cli import LimitOptions, build_app
+from encache.serve.building import LimitOptions, Offer, build_app
 
-httpx = pytest.importorskip("httpx", reason="the client of these tests")
+httpx = pytest.importorskip("httpx2", reason="the client of these tests")
 uvicorn = pytest.importorskip("uvicorn", reason='needs pip install ".[serve]"')
 pytest.importorskip("fastapi", reason='needs pip install ".[serve]"')
 pytest.importorskip("prometheus_client", reason='needs pip install ".[serve]"')
@@ -22,13 +22,13 @@ IMAGES, TEXT_TO_IMAGE = "/v1/images/generations", "/sdapi/v1/txt2img"
 class Served:
     """A server of the tiny model, in a thread."""
 
-    def __init__(self, folder, token=None, **limits):
+    def __init__(self, folder, token=None, sampling=None, **limits):
         opening = Opening.of(folder, ModelOptions(), EngineOptions(), "onnxruntime", folder)
-        sampling = SamplingOptions(steps=4, stride=2)
+        sampling = sampling or SamplingOptions(steps=4, stride=2)
         with click.Context(click.Command("none")):
             run = resolve_run(opening, sampling, SizeOptions(), range(4), 4, None)
         options = LimitOptions(**{"max_steps": 20, "max_prompt": 50, "max_side": 32, **limits})
-        self.app = build_app(opening, run, sampling, options, token)
+        self.app = build_app(Offer(opening, run, sampling, options), token)
         config = uvicorn.Config(self.app, port=0, log_config=None, access_log=False)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)

@@ -356,12 +356,15 @@ def test_workers_change_no_picture_though_one_is_killed(
     batch(prompts, "--output", "one", "--batch-size", 2)
     command = [*PROGRAM, prompts, "--engine-dir", engine_folder, "--steps", "4"]
     command += ["--output", tmp_path / "two", "--batch-size", "2", *two_workers]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
         while not any((tmp_path / "two").rglob("*.png")) and process.poll() is None:
             time.sleep(0.05)
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [one for one in children if one.name().startswith("ray::MapWorker")]
         assert len(workers) == 2
         workers[0].kill()
-        assert process.wait() == 0, process.stderr.read()
+        said, complained = process.communicate()
+        assert process.returncode == 0, complained
+        assert said == f"{tmp_path / 'two'}\n"
     assert content_of(tmp_path / "two") == content_of(tmp_path / "one")

@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from encache.contract.manifest import read_manifest
+from encache.runtime.backends import load_scheduler
 from encache.runtime.images import METADATA_KEY
+from encache.runtime.options import SamplingOptions
+from encache.runtime.plan import make_plan
+from encache.runtime.planfile import FittedOn, FittedPlan, Measured, read_plans, write_plans
+from encache.runtime.schedulers import full_config
+from encache.runtime.settings import Policy
 from encache.serve.serve_cli import main
 from tests.serve.served import IMAGES, TEXT_TO_IMAGE, Served, httpx
 
@@ -75,6 +82,39 @@ def test_a_plan_can_be_seen_before(served):
     refused = served.post({"key_calls": [1]}, "/v1/plans")
     assert refused.status_code == 400
     assert "start at 0" in refused.json()["error"]["message"]
+
+
+def test_a_fitted_plan_is_drawn_unless_asked_otherwise(engine_folder, tmp_path):
+    manifest = read_manifest(engine_folder)
+    scheduler = load_scheduler(engine_folder, manifest)
+    plan = make_plan(scheduler, 4, Policy(4))
+    config = json.dumps(full_config(scheduler))
+    on = FittedOn(manifest.identity.model, config, 4, manifest.guidance_scale, "0" * 64, 1)
+    path = tmp_path / "plans.json"
+    write_plans(path, [FittedPlan(plan, on, Measured(1, 0.1, (0.0, 1.0), 1.0, 40.0))])
+    with Served(engine_folder, sampling=SamplingOptions(plan_file=path)) as served:
+        own = served.post({}, "/v1/plans").json()
+        asked = served.post({"stride": 2, "steps": 4}, "/v1/plans").json()
+        drawn = picture_of(served.post({"prompt": "x"}).json()["data"][0]["b64_json"])
+    assert (own["key_calls"], own["stride"]) == ([0], None)
+    assert asked["key_calls"] == [0, 2]
+    assert json.loads(drawn.info[METADATA_KEY])["plan"] == read_plans(path)[0].plan.hash()
+
+
+def test_the_schema_says_what_is_refused_and_how_much_is_allowed(served):
+    schema = served.client.get("/openapi.json").json()
+    statuses = {
+        path: set(one["responses"])
+        for path, operations in schema["paths"].items()
+        for one in operations.values()
+    }
+    assert statuses[IMAGES] == {"200", "400", "404", "413", "429", "500", "504"}
+    assert statuses["/readyz"] == {"200", "503"}
+    assert not any("422" in each or "401" in each for each in statuses.values())
+    for words in ("8 pictures", "32 pixels", "20 steps", "50 characters", "64 pictures may wait"):
+        assert words in schema["info"]["description"]
+    wrong = served.client.put(IMAGES)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
 
 
 def test_seeds_are_any_unless_given(served):
@@ -269,6 +309,11 @@ def test_a_token(engine_folder):
         assert served.client.get("/metrics").status_code == 401
         headers = {"Authorization": f"Bearer {TOKEN}"}
         assert served.post({"prompt": "x"}, headers=headers).status_code == 200
+        paths = served.client.get("/openapi.json", headers=headers).json()["paths"]
+        routes = {path: one.popitem()[1] for path, one in paths.items()}
+        asks = {path for path, one in routes.items() if "security" in one}
+        assert asks == {path for path, one in routes.items() if "401" in one["responses"]}
+        assert asks == {*paths} - {"/", "/healthz", "/readyz", "/v1/images/files/{name}"}
 
 
 @pytest.mark.parametrize(

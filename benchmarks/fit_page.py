@@ -1,0 +1,135 @@
+"""The tables of fitted plans in docs/study.md; `python benchmarks/pages.py` writes them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from study_page import Row, fill, interval, markdown, number
+
+from encache.evaluate.headline import significant, with_interval
+from encache.evaluate.results import Interval
+
+#: Ways that stand in every table, the plain sampler first.
+SEARCHED = "searched key calls, "
+
+
+def fill_page(page: str, fit: Mapping[str, Any], features: Mapping[str, Any]) -> str:
+    """docs/study.md with the tables of fit.json and fit_features.json."""
+    parts = {name: part["rows"] for name, part in fit["parts"].items()}
+    for solver in ("ddim", "dpmsolver++"):
+        rows = [*parts[f"{solver} plans"], *parts[f"{solver} searched"]]
+        page = fill(page, f"fitted plans, {solver}", plans_table(rows))
+    page = fill(page, "published rules", rules_table(parts))
+    page = fill(page, "guidance at fewer calls", branches_table(parts))
+    page = fill(page, "fitted elsewhere", transfer_table(parts["ddim transfer"]))
+    page = fill(page, "fitted on fewer pictures", fewer_table(parts))
+    return fill(page, "fitted blends", features_table(features["rows"]))
+
+
+def plans_table(rows: Sequence[Row]) -> str:
+    """Every way at every number of evaluations, by falling cost."""
+    heads = ["runs", "way", "rows", "latent error", "times plain", "PSNR", "perceptual"]
+    heads += ["Frechet to full", "Frechet to real"]
+    cells = [
+        (
+            str(row["encoder_runs"]),
+            row["name"],
+            str(row["rows"]),
+            interval(row["latent_error"]),
+            interval(row["times_plain"]),
+            f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
+            number(row["perceptual"]["mean"]) if row["perceptual"] else "",
+            number(row["frechet_to_full"]),
+            number(row["frechet"]),
+        )
+        for row in sorted(rows, key=lambda row: -row["encoder_runs"])
+    ]
+    return markdown(heads, cells)
+
+
+def rules_table(parts: Mapping[str, Sequence[Row]]) -> str:
+    """Latent errors of rules at equal key calls, as multiples of the line's."""
+    cells = []
+    for solver in ("ddim", "dpmsolver++"):
+        known = [*parts[f"{solver} rules"], *parts[f"{solver} plans"]]
+        budgets = sorted({row["encoder_runs"] for row in parts[f"{solver} plans"]})[-2::-1]
+        for budget in budgets:
+            found = {row["name"]: row for row in known if row["encoder_runs"] == budget}
+            names = ("plain", "rule", "ab2", "zeus", "hicache", "spectrum", "least squares")
+            errors = (found.get(name, {}).get("latent_error") for name in names)
+            cells.append((solver, str(budget), *map(_mean, errors)))
+    heads = ["solver", "runs", "plain steps", "a line (the default)", "AB2", "ZEUS", "HiCache"]
+    return markdown([*heads, "Spectrum", "least squares"], cells)
+
+
+def branches_table(parts: Mapping[str, Sequence[Row]]) -> str:
+    """Plans of equal rows that leave guidance out at some of their runs."""
+    cells = []
+    for solver in ("ddim", "dpmsolver++"):
+        every = [row for row in parts[f"{solver} plans"] if row["name"] == "least squares"]
+        for row in sorted(every, key=lambda row: -row["rows"]):
+            sparse = {
+                one["name"]: one
+                for one in parts[f"{solver} rows"]
+                if one["name"].endswith("least squares") and one["rows"] == row["rows"]
+            }
+            if not sparse:
+                continue
+            names = [f"guided {where}, least squares" for where in _WHERE]
+            errors = [
+                row["latent_error"],
+                *(sparse.get(name, {}).get("latent_error") for name in names),
+            ]
+            cells.append((solver, str(row["rows"]), *map(_mean, errors)))
+    return markdown(["solver", "rows", "guided at every run", *_WHERE], cells)
+
+
+#: Which runs have guidance.
+_WHERE = ("one in 2", "one in 3", "the first")
+
+
+def transfer_table(rows: Sequence[Row]) -> str:
+    """One line per condition."""
+    conditions = dict.fromkeys(row["condition"] for row in rows)
+    cells = []
+    for condition in conditions:
+        found = {row["name"]: row for row in rows if row["condition"] == condition}
+        errors = [found[name]["latent_error"] for name in ("plain", "rule", "least squares")]
+        gain = significant(errors[1]["mean"] / errors[2]["mean"])
+        cells.append((condition, *map(interval, errors), f"{gain}x"))
+    return markdown(["drawn with", "plain steps", "a line", "fitted", "line / fitted"], cells)
+
+
+def fewer_table(parts: Mapping[str, Sequence[Row]]) -> str:
+    """Errors of least squares by pictures fitted on."""
+    whole = [row for row in parts["ddim plans"] if row["name"] == "least squares"]
+    rows = [*parts["ddim fewer"], *whole]
+    numbers = sorted({row["pictures"] for row in rows})
+    cells = []
+    for runs in sorted({row["encoder_runs"] for row in whole}, reverse=True):
+        rule = _find(parts["ddim plans"], encoder_runs=runs, name="rule")
+        errors = [_find(rows, encoder_runs=runs, pictures=number) for number in numbers]
+        cells.append((str(runs), *(_mean(row["latent_error"]) for row in (rule, *errors))))
+    return markdown(["runs", "a line", *(f"{number} pictures" for number in numbers)], cells)
+
+
+def features_table(rows: Sequence[Row]) -> str:
+    """What fitted blends gain for the feature cache."""
+    cells = [
+        (
+            row["cut"],
+            str(row["stride"]),
+            row["blend"],
+            with_interval(Interval(row["error"], *row["interval"])),
+            with_interval(Interval(*row["to_rule"])) if row["blend"] != "extrapolate" else "",
+        )
+        for row in rows
+    ]
+    return markdown(["cut", "stride", "blend", "latent error", "times the line's"], cells)
+
+
+def _find(rows: Sequence[Row], **wanted: Any) -> Row:
+    return next(row for row in rows if all(row[name] == one for name, one in wanted.items()))
+
+
+def _mean(error: Mapping[str, float] | None) -> str:
+    return significant(error["mean"], 2) if error else ""
