@@ -225,6 +225,26 @@ def eight_bits_table(rows: Sequence[Row]) -> str:
     return markdown([*heads, "seconds", "memory, GB"], cells)
 
 
+def precision_table(rows: Sequence[Row]) -> str:
+    """What a precision and a cache cost in the default model's pictures, by counted time."""
+    cells = [
+        (
+            row["precision"],
+            row["sampling"].replace("none, extrapolate", "output cache"),
+            f"{1e3 * row['milliseconds']:.0f}",
+            "" if row["psnr"] is None else f"{row['psnr']['mean']:.1f}",
+            "" if row["latent_error"] is None else number(row["latent_error"]["mean"]),
+            ""
+            if row["against the same in fp32"]["psnr"] is None
+            else f"{row['against the same in fp32']['psnr']['mean']:.1f}",
+            number(row["frechet"]),
+        )
+        for row in rows
+    ]
+    heads = ["dtype", "sampler", "counted microseconds", "PSNR, dB", "latent error"]
+    return markdown([*heads, "PSNR against the same in fp32, dB", "Frechet distance"], cells)
+
+
 def fill_readme(page: str) -> str:
     """README.md with its tables."""
     page = fill(page, "cpu", cpu_table(read("cpu.json")))
@@ -240,7 +260,8 @@ def fill_performance(page: str) -> str:
     manifests = {which: read(name) for which, name in MANIFESTS.items()}
     page = fill(page, "engines", engines_table(manifests))
     rows = read("precision_engines.json")["rows"]
-    return fill(page, "engines in 8 bits", eight_bits_table(rows))
+    page = fill(page, "engines in 8 bits", eight_bits_table(rows))
+    return fill(page, "pictures in 8 bits", precision_table(read("precision_quality.json")["rows"]))
 
 
 def where(report: Mapping[str, Any]) -> list[str]:
