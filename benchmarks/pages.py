@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fit_page
+import precision_page
 import study_page
 from study_page import fill, interval, markdown, number
 
@@ -274,7 +275,14 @@ def fill_performance(page: str) -> str:
     page = fill(page, "cpu by the count", count_table(reports))
     page = fill(page, "cpu protocol", protocol_table(list(COMMANDS)))
     manifests = {which: read(name) for which, name in MANIFESTS.items()}
-    return fill(page, "engines", engines_table(manifests))
+    page = fill(page, "engines", engines_table(manifests))
+    rows = read("precision_engines.json")["rows"]
+    page = fill(page, "engines in 8 bits", precision_page.eight_bits_table(rows))
+    return fill(
+        page,
+        "pictures in 8 bits",
+        precision_page.precision_table(read("precision_quality.json")["rows"]),
+    )
 
 
 def where(report: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from encache.contract.calibration import Calibration
-from encache.export.graphs import Graph, Tensors, pipeline_graphs
+from encache.contract.dtypes import tensor_dtype
+from encache.export.graphs import Graph, Sizes, Tensors, pipeline_graphs
 from encache.model.checkpoint import Checkpoint
 from encache.model.loading import load_pipeline
 from encache.model.spec import Cut, GraphSpec
@@ -185,12 +186,44 @@ def _behind(encoder: Graph, before: Tensors, call: Tensors) -> Tensors:
 
 
 def _observe(graph: Graph, inputs: Sequence[Tensors], notes: _Notes, dtype: str) -> Observed:
-    names = {module: name for name, module in graph.module.named_modules()}
     notes = dict(notes)
     seen: _Notes = {}
     with torch.no_grad(), _noting(graph.module, notes), _noting(graph.module, seen):
         samples = tuple((one, _outputs(graph, one)) for one in inputs)
     errors = _measure_errors(graph, samples, notes, dtype)
+    return _gather(graph, seen, notes, errors, samples)
+
+
+def observe_shapes(graph: Graph, sizes: Sizes) -> Observed:
+    """What one run of a graph computes, on shapes alone: magnitudes are 1, no error is known.
+
+    Args:
+        graph: one whose module was moved to the device "meta".
+        sizes: of its inputs.
+    """
+    seen: _Notes = {}
+
+    def note(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        seen[layer] = _Note(1.0, 1.0, tuple(output.shape))
+
+    inputs = {
+        one.name: torch.empty(one.size(sizes), dtype=tensor_dtype(one, graph.dtype), device="meta")
+        for one in graph.spec.inputs
+    }
+    with torch.no_grad(), _hooked(graph.module, note):
+        graph.module(inputs)
+    return _gather(graph, seen, seen, defaultdict(float), ())
+
+
+def _gather(
+    graph: Graph,
+    seen: _Notes,
+    notes: _Notes,
+    errors: Mapping[nn.Module, float],
+    samples: tuple[Sample, ...],
+) -> Observed:
+    """By path in the graph, the layers that it was seen running, with what all runs had."""
+    names = {module: name for name, module in graph.module.named_modules()}
     layers = {
         names[module]: Layer((notes[module].maximum,), _flop(module, note), errors[module])
         for module, note in seen.items()

@@ -1,7 +1,8 @@
 """The OpenVINO backend: ONNX graphs on a CPU, in fp32 or in bf16.
 
 In bf16 the graphs, their inputs and their outputs stay in fp32; what lies between is rounded by
-OpenVINO, which needs no calibration.
+OpenVINO, which needs no calibration. A graph is compiled for each set of shapes that it is run
+with, because OpenVINO is much faster where it knows them.
 """
 
 import sys
@@ -23,6 +24,11 @@ _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 #: Latents up to this size shrink to one pixel inside a UNet. OpenVINO 2026.4 computes attention
 #: with a single query wrongly, and then goes on so at larger sizes.
 _ONE_PIXEL = 8
+#: Sets of shapes that a graph stays compiled for, each with weights of its own; a run of a cut
+#: model has two or three.
+_MOST_SHAPES = 4
+#: By input, its shape.
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def open_openvino(folder: Path, manifest: Manifest) -> dict[str, "_Compiled"]:
@@ -83,13 +89,14 @@ class _Compiled:
                 content = read_verified(folder, manifest, f"{spec.name}/{name}")
                 Path(checked, name).write_bytes(content)
             try:
-                model = core.compile_model(core.read_model(Path(checked, ONNX)), "CPU", options)
+                self._model = core.read_model(Path(checked, ONNX))
             except RuntimeError as error:
                 raise EngineError(
                     f"OpenVINO cannot open {folder / spec.name}: {error}. {REBUILD}"
                 ) from error
+        self._core, self._options = core, options
+        self._requests: dict[_Shapes, Any] = {}
         self._tensor = load_openvino().Tensor
-        self._request = model.create_infer_request()
         self._lock = threading.Lock()  # of several threads, one at a time
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -102,13 +109,28 @@ class _Compiled:
         }
         try:
             with self._lock:
+                request = self._request_for({name: one.shape for name, one in given.items()})
                 for name, place in places.items():
-                    self._request.set_tensor(name, place)
-                self._request.infer()
+                    request.set_tensor(name, place)
+                request.infer()
         except RuntimeError as error:
             if "bad_alloc" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise EngineError(f"OpenVINO cannot run {self.spec.name}: {error}") from error
+
+    def _request_for(self, shapes: Mapping[str, torch.Size]) -> Any:
+        """What runs the graph at these shapes; those that were used longest ago make room."""
+        key = tuple((name, tuple(shape)) for name, shape in shapes.items())
+        request = self._requests.pop(key, None)
+        if request is None:
+            if len(self._requests) == _MOST_SHAPES:
+                del self._requests[next(iter(self._requests))]
+            model = self._model.clone()
+            model.reshape({name: list(shape) for name, shape in key})
+            compiled = self._core.compile_model(model, "CPU", self._options)
+            request = compiled.create_infer_request()
+        self._requests[key] = request
+        return request
 
     def _refuse_one_pixel(self, inputs: Mapping[str, Tensor]) -> None:
         if not self.spec.name.startswith("unet"):

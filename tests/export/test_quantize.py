@@ -18,7 +18,7 @@ from encache.contract.target import Target
 from encache.errors import EncacheError, EngineError
 from encache.export import build
 from encache.export.build import Request, build_engines
-from encache.export.calibrate import Layer, Observed, Trajectories, round_to
+from encache.export.calibrate import Layer, Observed, Trajectories, observe_shapes, round_to
 from encache.export.cli import main
 from encache.export.graphs import pipeline_graphs, write_onnx
 from encache.export.parity import measure_error
@@ -121,6 +121,20 @@ def test_maxima_are_those_of_all_calls(drawn):
     # Extrapolated features may be larger than any that was computed.
     last = "module.module.up_blocks.3.resnets.0.conv_shortcut"
     assert halves["unet_decoder"].layers[last].maxima >= layers[last].maxima
+
+
+def test_shapes_alone_tell_what_a_run_computes(drawn):
+    observed = observe(drawn, "up2", "int8")
+    pipeline = make_pipeline(**WIDE)
+    pipeline.unet.to("meta")
+    for graph in pipeline_graphs(pipeline, "up2")[:2]:
+        known = observed[graph.spec.name]
+        found = observe_shapes(graph, {**SIZES, "K": 2, "h": 8, "w": 8})
+        assert found.flop == known.flop
+        assert {path: one.flop for path, one in found.layers.items()} == {
+            path: one.flop for path, one in known.layers.items()
+        }
+        assert {one.is_attention for one in found.layers.values()} == {False, True}
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,26 @@ def test_it_draws_what_onnx_runtime_draws(engine_folder, up2_folder, tmp_path, d
     assert error(draw(pipe, **sizes), draw(reference, **sizes)) < TOLERANCE[dtype]
 
 
+def test_it_is_compiled_once_for_each_of_few_sets_of_shapes(engine_folder, tmp_path):
+    pipe = EncachePipeline.from_engines(reopened(engine_folder, tmp_path, "fp32"))
+    reference = EncachePipeline.from_engines(engine_folder)
+    text = torch.randn(1, 16, pipe.engines.conditions[0].shape[-1])
+
+    def widths_after(*widths):
+        for width in widths:
+            inputs = torch.randn(1, 4, 12, width), torch.tensor([500.0]), {"text": text}
+            expected = reference.engines.denoise(*inputs)
+            torch.testing.assert_close(pipe.engines.denoise(*inputs), expected, rtol=0, atol=1e-4)
+        return {dict(shapes)["latents"][-1]: one for shapes, one in graph._requests.items()}
+
+    graph = pipe.engines._graphs["unet"]
+    first = widths_after(10, 11, 12, 13)
+    assert widths_after(11, 10, 13, 12) == first
+    later = widths_after(14)
+    assert [*later] == [10, 13, 12, 14]
+    assert all(later[width] is first[width] for width in (10, 12, 13))
+
+
 @pytest.mark.parametrize("cut", ["none", "up2"])
 def test_latents_that_it_computes_wrongly_are_refused(engine_folder, up2_folder, tmp_path, cut):
     folder = engine_folder if cut == "none" else up2_folder

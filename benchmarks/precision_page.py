@@ -1,0 +1,50 @@
+"""The tables of 8 bits in docs/performance.md; `python benchmarks/pages.py` writes them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from study_page import markdown, number
+
+Row = Mapping[str, Any]
+
+
+def eight_bits_table(rows: Sequence[Row]) -> str:
+    """What compiling in each precision took, and what came of it."""
+    names = {"unet": "whole UNet", "unet_encoder": "encoder", "unet_decoder": "decoder"}
+    cells = [
+        (
+            names[row["graph"]] + (f", cut {row['cut']}" if row["cut"] != "none" else "")
+            if row["graph"] in names
+            else "image decoder",
+            row["dtype"],
+            f"{row['milliseconds']:.2f}",
+            f"{row['share']:.1%}" if "share" in row else "",
+            str(len(row["fallen_back"])) if "share" in row else "",
+            f"{row['engine_bytes'] / 1e6:.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        )
+        for row in rows
+    ]
+    heads = ["part", "dtype", "counted ms", "in 8 bits", "fell back", "engine, MB"]
+    return markdown([*heads, "seconds", "memory, GB"], cells)
+
+
+def precision_table(rows: Sequence[Row]) -> str:
+    """What a precision and a cache cost in the default model's pictures, by counted time."""
+    cells = [
+        (
+            row["precision"],
+            row["sampling"].replace("none, extrapolate", "output cache"),
+            f"{1e3 * row['milliseconds']:.0f}",
+            "" if row["psnr"] is None else f"{row['psnr']['mean']:.1f}",
+            "" if row["latent_error"] is None else number(row["latent_error"]["mean"]),
+            ""
+            if row["against the same in fp32"]["psnr"] is None
+            else f"{row['against the same in fp32']['psnr']['mean']:.1f}",
+            number(row["frechet"]),
+        )
+        for row in rows
+    ]
+    heads = ["dtype", "sampler", "counted microseconds", "PSNR, dB", "latent error"]
+    return markdown([*heads, "PSNR against the same in fp32, dB", "Frechet distance"], cells)
