@@ -33,7 +33,7 @@ COMMANDS = {
 WAYS = {
     "50 steps": "full sampler, 50 calls",
     "cut up2, stride 5": "cut up2, stride 5",
-    "cut none, stride 3": "output cache, stride 3 (default)",
+    "cut none, stride 3": "output cache, stride 3",
     "cut none, stride 5": "output cache, stride 5",
     "cut none, stride 10": "output cache, stride 10",
     "trained for 1 of 4 calls": "one encoder run (`--fast`)",
@@ -392,6 +392,8 @@ def main() -> None:
         path.write_text(fill_it(path.read_text()))
     shared = read("shared.json")["rows"]
     study_page.draw(read("study.json")["answers"], shared, ROOT / "docs" / "study")
+    eight_bits = read("precision_quality.json")["rows"]
+    precision_page.draw(eight_bits, ROOT / "docs" / "performance" / "precision.svg")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The tables of 8 bits in docs/performance.md; `python benchmarks/pages.py` writes them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from study_page import markdown, number
+from study_page import markdown, number, plot
 
 Row = Mapping[str, Any]
 
@@ -48,3 +49,15 @@ def precision_table(rows: Sequence[Row]) -> str:
     ]
     heads = ["dtype", "sampler", "counted microseconds", "PSNR, dB", "latent error"]
     return markdown([*heads, "PSNR against the same in fp32, dB", "Frechet distance"], cells)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Latent error of the output cache by counted time, a line for each precision."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in rows:
+        error = row["latent_error"]
+        if error and "up2" not in row["sampling"]:
+            point = (1e3 * row["milliseconds"], error["mean"], error["low"], error["high"])
+            lines.setdefault(row["precision"], []).append(point)
+    path.parent.mkdir(exist_ok=True)
+    plot(lines, "counted microseconds on an RTX 4090", path, ticks=(15, 30, 60, 120, 240))

@@ -251,18 +251,17 @@ def fill(page: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", page)
 
 
-def plot(lines: Lines, x_name: str, path: Path, *, logarithmic: bool = False) -> None:
-    """Latent error with its interval against x."""
+def plot(lines: Lines, x_name: str, path: Path, *, ticks: Sequence[float] = ()) -> None:
+    """Latent error with its interval against x, which is logarithmic where ticks are given."""
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
-    axes = figure.add_subplot(yscale="log", xscale="log" if logarithmic else "linear")
+    axes = figure.add_subplot(yscale="log", xscale="log" if ticks else "linear")
     for index, (label, points) in enumerate(lines.items()):
         xs, means, lows, highs = zip(*sorted(points), strict=True)
         style = {"color": "black", "linestyle": "--"} if label == PLAIN else {}
         (line,) = axes.plot(xs, means, marker="osD^v*Px"[index % 8], markersize=5, **style)
         line.set_label(label)
         axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
-    if logarithmic:
-        ticks = sorted({point[0] for points in lines.values() for point in points})
+    if ticks:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
     axes.set(xlabel=x_name, ylabel="relative squared latent error")
@@ -377,7 +376,8 @@ def draw(answers: Mapping[str, Sequence[Row]], shared: Sequence[Row], folder: Pa
     for cut in ("mid", "none"):
         at_cut = [row for row in blends if row["cut"] == cut and uniform(row)]
         lines = lines_of(at_cut, lambda row: row["blend"], stride)
-        plot(lines, "stride", folder / f"blends-{cut}.svg", logarithmic=True)
+        strides = sorted({point[0] for points in lines.values() for point in points})
+        plot(lines, "stride", folder / f"blends-{cut}.svg", ticks=strides)
 
 
 def fill_page(page: str, study: Mapping[str, Any], shared: Sequence[Row]) -> str:
