@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
     def fill(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(build, "_write_companions", fill)
+    monkeypatch.setattr(build, "write_companions", fill)
     monkeypatch.setattr("encache.export.parity.measure_parity", lambda *_: 0.0)
     with pytest.raises(OSError, match="No space left") as refusal:
         build_engines(Request(find_checkpoint(model_folder)), tmp_path)
