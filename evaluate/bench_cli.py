@@ -17,7 +17,7 @@ from encache.model.loading import load_pipeline
 from encache.model.preset import UNSAID
 from encache.model.spec import CUTS, NO_CUT, Cut
 from encache.options import names_of, option, takes
-from encache.runtime.options import strides_option
+from encache.runtime.options import plans_option, strides_option
 
 if TYPE_CHECKING:
     from encache.evaluate.bench import Row
@@ -54,13 +54,7 @@ class _BenchOptions:
     )
     strides: tuple[int, ...] = strides_option(DEFAULT_STRIDES)
     paper: bool = option(is_flag=True, default=False, help="Also Faster Diffusion's key calls.")
-    plan_files: tuple[Path, ...] = option(
-        "--plan",
-        default=(),
-        multiple=True,
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="Also every plan in this file, which encache-fit fitted to the model.",
-    )
+    plan_files: tuple[Path, ...] = plans_option()
     steps: int = option(type=click.IntRange(1), default=50)
     guidance_scale: float | None = option(type=FiniteFloat(), help="Default: the model's own.")
     batches: tuple[int, ...] = option(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -46,4 +47,4 @@ def perceptual_distance(maps: Sequence[Tensor], reference: Sequence[Tensor]) -> 
         (normalize(ours) - normalize(theirs)).square().sum(1).mean((1, 2))
         for ours, theirs in zip(maps, reference, strict=True)
     ]
-    return sum(distances[1:], distances[0])
+    return torch.stack(distances).sum(0)

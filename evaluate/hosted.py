@@ -10,6 +10,7 @@ from torch import Tensor
 from encache.errors import EncacheError
 from encache.evaluate.bench import Row, matrix_peak, measure
 from encache.evaluate.contenders import Contender
+from encache.runtime.blend import DEFAULT_STRIDE
 from encache.runtime.host import Host, Wish
 
 
@@ -25,7 +26,7 @@ def compare(host: Host, wishes: Sequence[Wish], engines: Path | None) -> list[Ro
         EncacheError: one of them cannot run.
     """
     device, policy = host.pipe.device, host.settings.policy
-    sampling = f"cut {policy.cut}, stride {policy.stride or 3}"
+    sampling = f"cut {policy.cut}, stride {policy.stride or DEFAULT_STRIDE}"
     if host.key_calls:
         sampling = f"cut {policy.cut}, {len(host.key_calls)} key calls"
     full = f"{host.settings.steps} steps"

@@ -94,7 +94,9 @@ def make_row(
             if is_reference or "perceptual" not in pairs
             else _interval(pairs["perceptual"], prompts)
         ),
-        frechet_to_full=_frechet_to_full(evaluation, setting, reference),
+        frechet_to_full=(
+            None if is_reference else _frechet_to_full(evaluation, extracted, reference)
+        ),
         clip_score=(
             _interval(extracted["clip_score"], prompts) if "clip_score" in extracted else None
         ),
@@ -120,11 +122,10 @@ def _distribution(extracted: Arrays, real: Real | None, prompts: Sequence[str]) 
     return found
 
 
-def _frechet_to_full(evaluation: Evaluation, setting: Setting, reference: Setting) -> float | None:
-    if setting == reference or not evaluation.extractor or evaluation.protocol.num_images < 2:
+def _frechet_to_full(evaluation: Evaluation, extracted: Arrays, reference: Setting) -> float | None:
+    if "features" not in extracted or evaluation.protocol.num_images < 2:
         return None
-    ours, theirs = (evaluation.extract_all(one)["features"] for one in (setting, reference))
-    return frechet_distance(ours, theirs)
+    return frechet_distance(extracted["features"], evaluation.extract_all(reference)["features"])
 
 
 def _times_plain(

@@ -11,7 +11,7 @@ from encache.command import FiniteFloat
 from encache.model.spec import CUTS, DEFAULT_CUT, Cut
 from encache.options import option
 from encache.runtime.blend import BLENDS, DEFAULT_BLEND, Blend
-from encache.runtime.options import strides_option
+from encache.runtime.options import plans_option, strides_option
 from encache.runtime.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -48,13 +48,7 @@ class SettingOptions:
         is_flag=True, default=False, help="Also Faster Diffusion's list of key calls."
     )
     prior_noise: bool = option(is_flag=True, default=False, help="Also with prior noise.")
-    plan_files: tuple[Path, ...] = option(
-        "--plan",
-        default=(),
-        multiple=True,
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="Also every plan in this file, which encache-fit fitted to the first model.",
-    )
+    plan_files: tuple[Path, ...] = plans_option()
     plain_steps: tuple[int, ...] = option(
         default=(),
         type=click.IntRange(1),

@@ -331,10 +331,13 @@ def _draw(
             drawn = [find_picture(*one) for one in told]
             if None in drawn:  # the whole batch again, for which engines may be compiled
                 generator.pipeline.set_progress_bar_config(desc=orders[0].job.prompt[:40])
-                new = [one for one in generator(orders) if drawn[one[0]] is None]
-                saved = writers.map(save_png, *zip(*((i, *told[p]) for p, i in new), strict=True))
-                for (place, _), path in zip(new, saved, strict=True):
-                    drawn[place] = path
+                saving = {
+                    place: writers.submit(save_png, image, *told[place])
+                    for place, image in generator(orders)
+                    if drawn[place] is None
+                }
+                for place, saved in saving.items():
+                    drawn[place] = saved.result()
             for path in filter(None, drawn):
                 echo_path(path)
 

@@ -237,12 +237,11 @@ def _default_plan(
         return None
     if opening.model.preset != UNSAID:
         return None
-    plans = [one for one in read_plans(own_plans) if one.measured.psnr >= DEFAULT_QUALITY]
-    scale = sampling.guidance_scale
-    for fitted in plans[:1]:
-        near = scale is None or fitted.fitted_on.near(scale)
-        return fitted if near and fitted.fitted_on.model == opening.fingerprint else None
-    return None
+    good = (one for one in read_plans(own_plans) if one.measured.psnr >= DEFAULT_QUALITY)
+    cheapest, scale = next(good, None), sampling.guidance_scale
+    if cheapest is None or cheapest.fitted_on.model != opening.fingerprint:
+        return None
+    return cheapest if scale is None or cheapest.fitted_on.near(scale) else None
 
 
 def _by_plan(

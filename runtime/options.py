@@ -182,3 +182,14 @@ def strides_option(defaults: Sequence[int]) -> Any:
         multiple=True,
         help=f"Repeatable. Default: {', '.join(map(str, defaults))}, as far as the calls allow.",
     )
+
+
+def plans_option() -> Any:
+    """Files of fitted plans that are compared with everything else."""
+    return option(
+        "--plan",
+        default=(),
+        multiple=True,
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Also every plan in this file, which encache-fit fitted to the (first) model.",
+    )
