@@ -1,13 +1,17 @@
 """Folders by their path or by their name on the Hugging Face hub."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from encache.errors import CheckpointError
-from encache.model.weights import reason_of
+from encache.files import parse_json
+from encache.model.weights import reason_of, refuse_without_safetensors
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+#: Of a part, in its folder.
+CONFIG = "config.json"
 
 
 def find_folder(named: str | Path, download: Callable[[str], str]) -> Path:
@@ -29,6 +33,38 @@ def find_folder(named: str | Path, download: Callable[[str], str]) -> Path:
         raise CheckpointError(
             f"{hub_id!r} is no local path and could not be fetched from the hub: {reason_of(error)}"
         ) from error
+
+
+def find_part(named: str | Path, classes: Sequence[str], kind: str) -> Path:
+    """The folder of a part of a pipeline that stands alone, looked at without loading it.
+
+    Args:
+        named: a folder, or a hub id.
+        classes: of diffusers, any of which it may be.
+        kind: what it is, for a person.
+
+    Raises:
+        CheckpointError: there is none, or only pickled weights.
+    """
+    folder = find_folder(named, _download_part)
+    try:
+        name = parse_json((folder / CONFIG).read_bytes())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is no {kind}: its {CONFIG} cannot be read ({error!r})."
+        ) from error
+    if name not in classes:
+        raise CheckpointError(f"{folder} is a {name}; encache takes {' and '.join(classes)}.")
+    refuse_without_safetensors(folder)
+    return folder
+
+
+def _download_part(hub_id: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        hub_id, allow_patterns=[CONFIG, "diffusion_pytorch_model*.safetensors"]
+    )
 
 
 def hub_id_of(folder: Path) -> str | None:

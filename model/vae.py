@@ -6,18 +6,16 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
-from encache.model.hub import find_folder, short_name
+from encache.model.hub import CONFIG, find_part, short_name
 from encache.model.spec import ImageSpec
 from encache.model.weights import (
     choose_variant,
     digest_of,
     reason_of,
-    refuse_without_safetensors,
     weight_files,
 )
 
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Autoencoder:
     @property
     def fingerprint(self) -> str:
         weights = weight_files(self.folder, choose_variant([self.folder], self.variant))
-        return digest_of([self.folder / _CONFIG, *weights]).hex()
+        return digest_of([self.folder / CONFIG, *weights]).hex()
 
     def apply(self, pipeline: Any) -> None:
         """Load it in the place of the pipeline's, in the UNet's precision.
@@ -50,7 +48,7 @@ class Autoencoder:
         import diffusers
 
         folder = self.folder
-        name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
+        name = parse_json((folder / CONFIG).read_bytes())["_class_name"]
         try:
             vae = getattr(diffusers, name).from_pretrained(
                 folder,
@@ -79,22 +77,4 @@ def find_vae(named: str | Path, variant: str = "") -> Autoencoder:
     Raises:
         CheckpointError: there is none that Stable Diffusion can use, or only pickled weights.
     """
-    folder = find_folder(named, _download)
-    try:
-        name = parse_json((folder / _CONFIG).read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} is no diffusers autoencoder: its {_CONFIG} cannot be read ({error!r})."
-        ) from error
-    if name not in _CLASSES:
-        raise CheckpointError(f"{folder} is a {name}; encache takes {' and '.join(_CLASSES)}.")
-    refuse_without_safetensors(folder)
-    return Autoencoder(folder, variant)
-
-
-def _download(hub_id: str) -> str:
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(
-        hub_id, allow_patterns=[_CONFIG, "diffusion_pytorch_model*.safetensors"]
-    )
+    return Autoencoder(find_part(named, _CLASSES, "diffusers autoencoder"), variant)
