@@ -20,7 +20,7 @@ from typing import Any
 from encache.evaluate.extractors import load_extractor
 from encache.evaluate.fitting import Fitter, Wanted, apart, spread_key_calls
 from encache.evaluate.machine import describe_machine
-from encache.evaluate.real import read_real
+from encache.evaluate.real import Real, read_real
 from encache.evaluate.refine import Refinement, differentiable_model
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
 from encache.evaluate.sampling import Backend, Evaluation, Model
@@ -69,10 +69,11 @@ class Study:
         self, solver: str, steps: int, options: argparse.Namespace, num_images: int
     ) -> None:
         self.checkpoint = find_checkpoint()
-        self.full = Setting(SHIPPED, solver, steps, guidance_scale=None)
+        self.full = Setting(SHIPPED, solver, steps)
         self.steps, self.scale = steps, self.checkpoint.guidance_scale
         self.options = options
         self.store = Store(options.store)
+        self.extractor = load_extractor("efficientnet-lite0")
         prompts = read_prompts(default_model() / "prompts.txt")
         self.pictures, self.held_out = split_prompts(prompts, num_images, options.num_held_out)
         backend = Backend("onnxruntime", engine_dir=options.engine_dir)
@@ -85,7 +86,12 @@ class Study:
 
     def evaluate(self, protocol: Protocol) -> Evaluation:
         """The pictures of a protocol, measured and kept."""
-        return Evaluation(self.models, protocol, self.store, load_extractor("efficientnet-lite0"))
+        return Evaluation(self.models, protocol, self.store, self.extractor)
+
+    @cached_property
+    def real(self) -> Real:
+        """The real pictures, as the extractor sees them."""
+        return read_real(REAL, self.extractor, (64, 64), self.store)
 
     @cached_property
     def fitter(self) -> Fitter:
@@ -111,11 +117,9 @@ class Study:
     def row(self, name: str, setting: Setting, evaluation: Evaluation | None = None) -> Row:
         """A setting, measured beside the full sampler and as many plain steps."""
         evaluation = evaluation or self.evaluation
-        protocol, full = evaluation.protocol, replace(self.full, guidance_scale=None)
+        protocol, full = evaluation.protocol, self.full
         opponent = plain_at_equal_arithmetic(self.models, protocol, setting, full)
-        assert evaluation.extractor
-        real = read_real(REAL, evaluation.extractor, (64, 64), self.store)
-        measured = make_row(evaluation, setting, full, full, opponent, real)
+        measured = make_row(evaluation, setting, full, full, opponent, self.real)
         errors = evaluation.compare_all(setting, full)["latent_error"]
         plan = self.models[SHIPPED].plan(setting)
         rows = plan.count_rows(protocol.rows_of(setting))
