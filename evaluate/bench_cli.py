@@ -29,6 +29,8 @@ PROMPTS = (
     *("red apple", "hot dog", "octopus", "butterfly", "slice of pizza", "penguin", "strawberry"),
     *("sunflower", "tiger", "cactus", "whale", "doughnut", "mushroom", "owl", "banana", "tulip"),
 )
+#: The backend torch through torch.compile.
+COMPILED = "torch.compile"
 #: Compared unless others are asked for.
 DEFAULT_STRIDES = (3, 5, 10, 20)
 
@@ -69,8 +71,19 @@ class _BenchOptions:
     )
     repeats: int = option(type=click.IntRange(1), default=5)
     compiling: bool = option(
-        "--compile", is_flag=True, default=False, help="Also diffusers with torch.compile."
+        "--compile",
+        is_flag=True,
+        default=False,
+        help="Also torch.compile: of diffusers, and of the backend torch, if it is asked for.",
     )
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """The backends, and with --compile the compiled twin of torch."""
+        return (
+            *self.backends,
+            *((COMPILED,) if self.compiling and "torch" in self.backends else ()),
+        )
 
 
 @click.command(cls=Command)
@@ -198,7 +211,7 @@ class _Session:
         contenders, absent = assemble(
             self.pipeline,
             lambda backend, cut: self._open(backend, cut, batch),
-            self.bench.backends,
+            self.bench.contenders,
             self.bench.cuts,
             self.task,
             self.bench.compiling,
@@ -214,8 +227,9 @@ class _Session:
     def _open(self, backend: str, cut: Cut, batch: int) -> "EncachePipeline":
         from encache.runtime.pipeline import EncachePipeline
 
-        if backend == "torch":
-            return EncachePipeline.from_pipe(self.pipeline, cut, capturable=True)
+        if backend in ("torch", COMPILED):
+            compiled = backend == COMPILED
+            return EncachePipeline.from_pipe(self.pipeline, cut, capturable=True, compiled=compiled)
         rows = self.task.rows * batch
         return self._open_engines(self.checkpoint, backend, cut, (rows, rows), DECODE_CALLS)
 

@@ -27,15 +27,17 @@ class TorchCodec:
     Args:
         vae: the autoencoder.
         upcast: whether fp16 is too narrow for it; then a copy of it runs in fp32.
+        compiled: run it through torch.compile.
     """
 
-    def __init__(self, vae: Any, *, upcast: bool = False) -> None:
+    def __init__(self, vae: Any, *, upcast: bool = False, compiled: bool = False) -> None:
         narrow = upcast and vae.dtype == torch.float16
         self._vae = copy.deepcopy(vae).float() if narrow else vae
+        self._decode = torch.compile(self._vae.decode) if compiled else self._vae.decode
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        return self._vae.decode(latents.to(self._vae.dtype)).sample
+        return self._decode(latents.to(self._vae.dtype)).sample
 
 
 class GraphCodec:

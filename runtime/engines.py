@@ -176,18 +176,24 @@ class TorchEngines:
         module: the denoiser.
         cut: where it is cut.
         capturable: see `Engines`; a graph does not follow later changes of the module.
+        compiled: run it through torch.compile, whose first runs take minutes; they follow later
+            changes of the module.
 
     Raises:
         CheckpointError: encache cannot run it, or it has no such cut.
     """
 
-    name = "torch"
     has_own_threads = False
     target: Target | None = None
 
-    def __init__(self, module: Any, cut: Cut, *, capturable: bool = False) -> None:
+    def __init__(
+        self, module: Any, cut: Cut, *, capturable: bool = False, compiled: bool = False
+    ) -> None:
         self._backbone = backbone_of(module)
-        self._halves = None if cut == NO_CUT else Halves(module, cut)
+        halves = None if cut == NO_CUT else Halves(module, cut)
+        parts = (halves.encoder, halves.decoder) if halves else (self._undivided,)
+        self._parts = tuple(map(torch.compile, parts)) if compiled else parts
+        self.name = "torch.compile" if compiled else "torch"
         self.cut = cut
         self.identity: Mapping[str, Any] = {
             "backend": self.name,
@@ -196,7 +202,7 @@ class TorchEngines:
             "device": module.device.type,
             "torch": version("torch"),
         }
-        self.features = self._halves.features if self._halves else ()
+        self.features = halves.features if halves else ()
         self.conditions = self._backbone.conditions
         self.capturable = capturable and self.device.type == "cuda"
 
@@ -212,7 +218,8 @@ class TorchEngines:
 
     @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        return self._backbone.call(self._backbone.module, latents, timestep, conditions)
+        (undivided,) = self._parts
+        return undivided(latents, timestep, conditions)
 
     @torch.inference_mode()
     def encode(
@@ -223,8 +230,8 @@ class TorchEngines:
         ring: Sequence[Tensor],
         slot: int,
     ) -> None:
-        assert self._halves
-        features = self._halves.encoder(latents, timestep, conditions)
+        encoder, _ = self._parts
+        features = encoder(latents, timestep, conditions)
         for tensor, feature in zip(ring, features, strict=True):
             tensor[slot].copy_(feature)
 
@@ -232,5 +239,8 @@ class TorchEngines:
     def decode(
         self, ring: Sequence[Tensor], weights: Tensor, timesteps: Tensor, conditions: Conditions
     ) -> Tensor:
-        assert self._halves
-        return self._halves.decoder(ring, weights, timesteps, conditions)
+        _, decoder = self._parts
+        return decoder(ring, weights, timesteps, conditions)
+
+    def _undivided(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        return self._backbone.call(self._backbone.module, latents, timestep, conditions)

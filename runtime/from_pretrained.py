@@ -81,6 +81,7 @@ class FromPretrained:
         cut: Cut = DEFAULT_CUT,
         *,
         capturable: bool = False,
+        compiled: bool = False,
     ) -> Self:
         """Wrap a diffusers pipeline; its modules are shared, not copied or changed.
 
@@ -89,6 +90,7 @@ class FromPretrained:
             cut: where its UNet is cut.
             capturable: on a GPU, run equal calls as a CUDA graph from the second on. It does not
                 follow later changes of the pipeline's modules, such as a LoRA.
+            compiled: run all of it through torch.compile, whose first picture takes minutes.
 
         Raises:
             EncacheError: encache runs no such pipeline, or it reads what encache does not carry.
@@ -106,10 +108,14 @@ class FromPretrained:
             )
         spec = ImageSpec.of(pipeline.unet.config, pipeline.vae.config)
         encoders = text_encoders_of(pipeline)
+        upcast = must_upcast(family, pipeline.vae)
         parts = Parts(
-            TorchEngines(pipeline.unet, cut, capturable=capturable),
-            Texts([one.tokenizer for one in encoders], [TorchText(one) for one in encoders]),
-            TorchCodec(pipeline.vae, upcast=must_upcast(family, pipeline.vae)),
+            TorchEngines(pipeline.unet, cut, capturable=capturable, compiled=compiled),
+            Texts(
+                [one.tokenizer for one in encoders],
+                [TorchText(one, compiled=compiled) for one in encoders],
+            ),
+            TorchCodec(pipeline.vae, upcast=upcast, compiled=compiled),
         )
         return cls(
             parts,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -54,10 +55,17 @@ class Replay:
                 self._value = self._function(*self._arguments)
             self._graph = graph
         except (RuntimeError, EncacheError) as error:
-            if stream:
-                torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
+            if stream:  # a failed capture leaves its own behind
+                torch.cuda.set_stream(stream)
+                _stop_recording()
             self._failed = True
             logger.warning("no CUDA graph, so runs are launched one by one: %s", error)
+
+
+def _stop_recording() -> None:
+    """Let the pool serve other graphs after a capture that broke off inside."""
+    with suppress(RuntimeError):  # it does not record any more
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), _pool().id)
 
 
 @cache

@@ -59,14 +59,15 @@ class Texts:
 
 
 class TorchText:
-    """A text encoder run by PyTorch."""
+    """A text encoder run by PyTorch, and if `compiled` through torch.compile."""
 
-    def __init__(self, module: TextEncoder) -> None:
+    def __init__(self, module: TextEncoder, *, compiled: bool = False) -> None:
         self._module = module
+        self._run = torch.compile(module) if compiled else module
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, clip_skip: int) -> dict[str, Tensor]:
-        encoded = self._module(token_ids.to(self._module.module.device), clip_skip)
+        encoded = self._run(token_ids.to(self._module.module.device), clip_skip)
         names = (one.name for one in self._module.outputs)
         return dict(zip(names, encoded, strict=True))
 

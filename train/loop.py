@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +164,8 @@ def fit(
         disable=not accelerator.is_main_process,
     )
     source = batches(start)
+    if accelerator.device.type != "cpu":
+        source = _ahead(source)
     for step in bar:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = recipe.learning_rate_at(step) * rate
@@ -190,6 +193,16 @@ def fit(
             run.save(step + 1)
     _copy(average, parameters)
     model.eval()
+
+
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, each made while the device learns from the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches)
+        while True:
+            batch = following.result()
+            following = thread.submit(next, batches)
+            yield batch
 
 
 @contextmanager

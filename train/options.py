@@ -183,12 +183,6 @@ class Opened:
         """Of the noise schedule."""
         return len(self.pipeline.scheduler.alphas_cumprod)
 
-    @property
-    def teacher_precision(self) -> str:
-        """That a frozen UNet draws in: the run's own on a GPU, fp32 on a CPU."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        return self.accelerator.mixed_precision if on_gpu else "no"
-
     def fine_tune(self, task: "Task") -> None:
         """Learn the task, and print the paths of what it wrote."""
         from encache.train.finetune import fine_tune

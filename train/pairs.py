@@ -5,7 +5,7 @@ pair's number, so only latents are stored, and any number of runs may share or p
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Teacher:
         calls: how many calls were made when the latents are kept, the last one being all.
         shape: of the latents (C, h, w).
         seed: of noise and prompts.
-        precision: that its UNet is run in, as accelerate calls it.
+        precision: that its UNet is run in, "fp16" or "no".
     """
 
     model: str
@@ -153,8 +153,8 @@ class Pairs:
         Args:
             number: how many.
             open_pipeline: opens the teacher without a cut; not called when nothing is missing.
-            batch_size: pictures at once, at most `SHARD`.
-            accelerator: the processes, mixed with the teacher's precision.
+            batch_size: pictures at once.
+            accelerator: the processes.
         """
         shards = range(accelerator.process_index, -(-number // SHARD), accelerator.num_processes)
         mine = [shard for shard in shards if not self._path(shard).exists()]
@@ -169,16 +169,16 @@ class Pairs:
                 total=len(mine) * SHARD,
                 disable=not accelerator.is_main_process,
             ) as bar:
-                for shard in mine:
-                    if self._path(shard).exists():  # by now, from another run
-                        bar.update(SHARD)
-                        continue
-                    parts = []
-                    for first in range(shard * SHARD, (shard + 1) * SHARD, batch_size):
-                        pairs = range(first, min(first + batch_size, (shard + 1) * SHARD))
-                        parts.append(self._draw(pipeline, pairs))
-                        bar.update(len(pairs))
-                    write_tensors({"latents": torch.cat(parts).half()}, self._path(shard), {})
+                at_once = max(batch_size // SHARD, 1)
+                for first in range(0, len(mine), at_once):
+                    shards_now = mine[first : first + at_once]
+                    # Those that are not there by now, from another run.
+                    missing = [shard for shard in shards_now if not self._path(shard).exists()]
+                    for shard, latents in zip(
+                        missing, self._draw_shards(pipeline, missing, batch_size), strict=True
+                    ):
+                        write_tensors({"latents": latents.half()}, self._path(shard), {})
+                    bar.update(len(shards_now) * SHARD)
         accelerator.wait_for_everyone()
 
     def latents(self, index: int) -> Tensor:
@@ -197,16 +197,26 @@ class Pairs:
             ) from error
         return latents[self._kept].float()
 
-    def _draw(self, pipeline: EncachePipeline, pairs: range) -> Tensor:
+    def _draw_shards(
+        self, pipeline: EncachePipeline, shards: Sequence[int], batch_size: int
+    ) -> Iterator[Tensor]:
+        """Latents [SHARD, E, C, h, w] of each shard."""
+        pairs = [index for shard in shards for index in range(shard * SHARD, (shard + 1) * SHARD)]
+        batches = (pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size))
+        parts = [self._draw(pipeline, batch) for batch in batches]
+        return iter(torch.cat(parts).split(SHARD) if parts else ())
+
+    def _draw(self, pipeline: EncachePipeline, pairs: Sequence[int]) -> Tensor:
         """Latents [n, E, C, h, w] of some pairs, after each of the stored calls."""
         prompts, noise = zip(*map(self.teacher.question, pairs), strict=True)
+        *between, last = self._stored_calls
         kept: dict[int, Tensor] = {}
 
         def keep(_: Any, call: int, __: Any, tensors: dict[str, Tensor]) -> None:
-            if call + 1 in self._stored_calls:
+            if call + 1 in between:
                 kept[call + 1] = tensors["latents"].cpu()
 
-        pipeline(
+        kept[last] = pipeline(
             list(prompts),
             latents=torch.stack(noise),
             num_inference_steps=self.teacher.steps,
@@ -214,8 +224,9 @@ class Pairs:
             stride=self.teacher.stride,
             blend="interpolate" if self.teacher.stride > 1 else "reuse",
             output_type="latent",
-            callback_on_step_end=keep,
-        )
+            # Not where the last latents are enough: a CUDA graph cannot call back.
+            callback_on_step_end=keep if between else None,
+        ).images.cpu()
         return torch.stack([kept[call] for call in self._stored_calls], 1)
 
     def _path(self, shard: int) -> Path:

@@ -1,6 +1,5 @@
 """`encache-train shared`: fine-tune for a plan with few encoder runs."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from encache.train.options import NAMES, FCROptions, Opened, RunOptions, open_mo
 
 if TYPE_CHECKING:
     from encache.model.checkpoint import Checkpoint
-    from encache.runtime.pipeline import EncachePipeline
     from encache.train.fcr import FCR
     from encache.train.shared import Shared
 
@@ -206,6 +204,7 @@ def shared(
     regulariser.check()
     loss.check()
 
+    from encache.runtime.pipeline import EncachePipeline
     from encache.train.pairs import Pairs, make_teacher, read_prompts
     from encache.train.student import make_student, shared_task
 
@@ -223,7 +222,7 @@ def shared(
         learning.cut,
         learning.blend,
     )
-    by_torch = teaching.teacher_backend == "torch"
+    dtype = _teacher_dtype(opened, teaching.teacher_backend)
     teacher = make_teacher(
         checkpoint,
         opened.pipeline,
@@ -232,20 +231,20 @@ def shared(
         guidance_scale=teaching.guidance_scale,
         stride=teaching.teacher_stride,
         seed=teaching.pairs_seed,
-        precision=opened.teacher_precision if by_torch else "no",
+        precision="no" if dtype == "fp32" else dtype,
         compared_at=student.comparable_calls(opened.pipeline.scheduler, teaching.teacher_steps),
     )
     pairs = Pairs(teaching.pairs_dir or opened.run.output / "pairs", teacher)
 
     def draw_pairs(number: int) -> None:
-        accelerator = opened.accelerator
-        with accelerator.autocast() if teacher.precision != "no" else nullcontext():
-            pairs.draw_missing(
-                number,
-                lambda: _open_teacher(opened, teaching.teacher_backend),
-                teaching.teacher_batch_size,
-                accelerator,
-            )
+        pairs.draw_missing(
+            number,
+            lambda: EncachePipeline.from_checkpoint(
+                checkpoint, cut=NO_CUT, backend=teaching.teacher_backend, dtype=dtype
+            ),
+            teaching.teacher_batch_size,
+            opened.accelerator,
+        )
 
     task = shared_task(
         opened.pipeline,
@@ -287,13 +286,11 @@ def _find_start(weights: Path | None, teacher: "Checkpoint") -> "Checkpoint | No
     return start
 
 
-def _open_teacher(opened: Opened, backend: str) -> "EncachePipeline":
-    from encache.runtime.pipeline import EncachePipeline
-
-    if backend == "torch":
-        opened.pipeline.to(opened.accelerator.device)
-        return EncachePipeline.from_pipe(opened.pipeline, NO_CUT)
-    return EncachePipeline.from_checkpoint(opened.checkpoint, cut=NO_CUT, backend=backend)
+def _teacher_dtype(opened: Opened, backend: str) -> str:
+    """That the frozen UNet draws in: half precision on a GPU, where the training may use it too."""
+    accelerator = opened.accelerator
+    half = accelerator.device.type == "cuda" and accelerator.mixed_precision != "no"
+    return "fp16" if half and backend == "torch" else "fp32"
 
 
 def _refuse_what_means_nothing(*, needs_pairs: bool, vsd: bool, fcr: bool) -> None:
