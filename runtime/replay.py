@@ -49,6 +49,7 @@ class Replay:
     def _capture(self, arguments: tuple[Any, ...]) -> None:
         self._arguments = tree_map(torch.clone, arguments)
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        graph = None
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=_pool().id):
@@ -57,20 +58,34 @@ class Replay:
         except (RuntimeError, EncacheError) as error:
             if stream:  # a failed capture leaves its own behind
                 torch.cuda.set_stream(stream)
-                _stop_recording()
+                _abandon(graph)
             self._failed = True
             logger.warning("no CUDA graph, so runs are launched one by one: %s", error)
 
 
-def _stop_recording() -> None:
-    """Let the pool serve other graphs after a capture that broke off inside."""
-    with suppress(RuntimeError):  # it does not record any more
+#: Graphs whose capture broke off, with their pools.
+_abandoned: list[Any] = []
+
+
+def _abandon(graph: Any) -> None:
+    """Let others be captured, and random numbers be drawn, after a capture that broke off.
+
+    PyTorch leaves such a capture open in three places. Its allocator goes on recording into the
+    pool, which can be ended; its allocator of pinned memory too, which cannot, and which asks the
+    graph each time: so the graph stays, and others get another pool. Its generators wait for the
+    graph's end, until they are given their own state anew.
+    """
+    with suppress(RuntimeError):  # it was ended properly
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), _pool().id)
+    _abandoned.append((graph, _pool()))
+    _pool.cache_clear()
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @cache
 def _pool() -> Any:
-    """One pool of memory for all graphs: they run one at a time, and each value is copied out.
+    """The pool of memory of all graphs: they run one at a time, and each value is copied out.
 
     Held as an object, because a bare handle dies with the last graph that uses it.
     """

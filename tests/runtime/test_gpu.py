@@ -49,7 +49,7 @@ def test_what_cannot_be_captured_still_runs(monkeypatch, caplog):
 
 @GPU
 @pytest.mark.parametrize("failure", [RuntimeError, EngineError])
-def test_a_failed_capture_leaves_the_stream_as_it_was(failure):
+def test_a_failed_capture_leaves_all_as_it_was(failure):
     def function(x):
         if torch.cuda.is_current_stream_capturing():
             if failure is EngineError:
@@ -63,6 +63,12 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(failure):
         torch.testing.assert_close(replay(x), 2 * x)
         assert torch.cuda.current_stream() == before
     assert not replay.captured
+    assert torch.randn(2, device="cuda").isfinite().all()  # which a broken capture forbids
+    other = Replay(lambda x: 3 * x)
+    for seed in range(3):
+        x = torch.full((2,), float(seed), device="cuda")
+        torch.testing.assert_close(other(x), 3 * x)
+    assert other.captured
 
 
 @GPU
