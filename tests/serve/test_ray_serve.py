@@ -4,9 +4,12 @@ import base64
 import io
 import json
 import os
+import random
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import click
 import pytest
@@ -48,6 +51,18 @@ def test_what_is_refused(engine_folder, arguments, words):
         app({"engine-dir": engine_folder, **arguments})
 
 
+def find_port():
+    """A port that is free, and stays so.
+
+    Ray's processes take many that the system chooses for them; it chooses none below its range.
+    """
+    first_chosen = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(first_chosen * 3 // 4, first_chosen), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
+
+
 @pytest.fixture
 def url(engine_folder, monkeypatch):
     """Where one replica of the tiny model answers."""
@@ -57,8 +72,7 @@ def url(engine_folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = find_port()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
