@@ -1,7 +1,11 @@
 """Small models with Stable Diffusion's exact component classes and random weights."""
 
+import hashlib
 import json
 import os
+import shutil
+from fractions import Fraction
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import that reads it
 
@@ -18,6 +22,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from encache.contract.manifest import ONNX
 from encache.model.checkpoint import find_checkpoint
 from encache.model.loading import read_outline
 from encache.model.preset import PRESET_KEY, Preset
@@ -199,6 +204,24 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+#: What makes a `tiny_unet` that is exported in half the time: it attends where it begins, in the
+#: middle and where it ends.
+SLIM = {
+    "down_block_types": ("CrossAttnDownBlock2D",) + ("DownBlock2D",) * 3,
+    "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
+}
+
+
+@pytest.fixture(scope="session")
+def slim_folder(tmp_path_factory):
+    """The tiny Stable Diffusion with less attention; tests must not change it."""
+    pipeline = make_pipeline()
+    pipeline.unet = tiny_unet(**SLIM)
+    folder = tmp_path_factory.mktemp("slim") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def engine_folder(tmp_path_factory, model_folder):
     """Its engines at the default cut; tests that alter them copy them first."""
@@ -215,6 +238,49 @@ def up2_folder(tmp_path_factory, model_folder):
 def fp16_folder(tmp_path_factory, model_folder):
     """The same in fp16."""
     return build(model_folder, tmp_path_factory, "up2", "fp16")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_graph_is_traced_once(tmp_path_factory):
+    """Builds copy the ONNX graph of a module that was exported before: tracing takes most time.
+
+    Each build still checks its graphs against its own model, so a copy that is not its would fail.
+    """
+    from encache.export import graphs
+
+    write, written = graphs.write_onnx, {}
+
+    def write_or_copy(graph, folder, sizes):
+        key = description_of(graph), tuple(sorted(sizes.items()))
+        if key not in written:
+            first = tmp_path_factory.mktemp("graph")
+            write(graph, first, sizes)
+            written[key] = first
+        shutil.copytree(written[key], folder, dirs_exist_ok=True)
+        return Path(folder, ONNX)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "write_onnx", write_or_copy)
+        yield
+
+
+def description_of(graph):
+    """All that an exported graph depends on: its ends, and its layers' settings and weights."""
+    layers = [
+        (name, type(layer).__qualname__, *map(repr_of_setting, sorted(vars(layer).items())))
+        for name, layer in graph.module.named_modules()
+    ]
+    weights = hashlib.sha256()
+    for name, one in graph.module.state_dict().items():
+        weights.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
+        weights.update(one.contiguous().view(-1).view(torch.uint8).numpy())
+    return graph.spec, graph.dtype, repr(layers), weights.hexdigest()
+
+
+def repr_of_setting(setting):
+    name, value = setting
+    plain = isinstance(value, (bool, int, float, str, Fraction, tuple, type(None)))
+    return name, value if plain and not name.startswith("_") else type(value).__qualname__
 
 
 @pytest.fixture

@@ -75,8 +75,8 @@ def test_graphs_are_opset_23_with_free_dimensions(up2_folder):
 
 
 @pytest.mark.parametrize("cut", ["mid", "up0", "up1"])
-def test_every_other_cut_exports_with_parity(model_folder, tmp_path, cut):
-    request = Request(find_checkpoint(model_folder), cut)
+def test_every_other_cut_exports_with_parity(slim_folder, tmp_path, cut):
+    request = Request(find_checkpoint(slim_folder), cut)
     folder = build_engines(request, tmp_path)
     assert [feature.name for feature in read_manifest(folder).features][-1] == "hidden"
     picture = EncachePipeline.from_engines(folder)(

@@ -62,15 +62,15 @@ def test_recomposition_is_bit_exact(cut):
     assert torch.equal(noise, unet(latents, timestep, conditions["text"]).sample)
 
 
-def test_exported_at_a_cut(model_folder, tmp_path):
+def test_exported_at_a_cut(slim_folder, tmp_path):
     """With merged tokens in both halves; the build itself tries other sizes than it traced."""
-    request = Request(find_checkpoint(model_folder, tome=0.5), "up2")
+    request = Request(find_checkpoint(slim_folder, tome=0.5), "up2")
     folder = build_engines(request, tmp_path)
     manifest = read_manifest(folder)
     assert folder.name.startswith("tiny+tome0.5-")
     assert max(manifest.parity.values()) < 1e-4
-    reference = EncachePipeline.from_pretrained(model_folder, tome=0.5, cut="up2", backend="torch")
-    plain = EncachePipeline.from_pretrained(model_folder, cut="up2", backend="torch")
+    reference = EncachePipeline.from_pretrained(slim_folder, tome=0.5, cut="up2", backend="torch")
+    plain = EncachePipeline.from_pretrained(slim_folder, cut="up2", backend="torch")
     told = {"num_inference_steps": 4, "stride": 2, "output_type": "latent"}
     told |= {"height": 24, "width": 40}
     pictures = [
