@@ -279,6 +279,8 @@ def description_of(graph):
 
 def repr_of_setting(setting):
     name, value = setting
+    if name == "name_or_path":  # a checkpoint's folder
+        return name
     plain = isinstance(value, (bool, int, float, str, Fraction, tuple, type(None)))
     return name, value if plain and not name.startswith("_") else type(value).__qualname__
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from encache.export.cli import main
-from tests.conftest import tiny_unet
+from tests.conftest import SLIM, tiny_unet
 
 
 def export(*arguments):
@@ -26,10 +26,10 @@ def test_repeating_a_finished_export_says_so_at_once(model_folder, engine_folder
     assert time.perf_counter() - start < 2
 
 
-def test_a_unet_over_its_base(model_folder, tmp_path):
+def test_a_unet_over_its_base(slim_folder, tmp_path):
     path = tmp_path / "fcr.safetensors"
-    save_file(tiny_unet(seed=1).state_dict(), path)
-    result = export("--ckpt", path, "--base", model_folder, "--engine-dir", tmp_path / "engines")
+    save_file(tiny_unet(seed=1, **SLIM).state_dict(), path)
+    result = export("--ckpt", path, "--base", slim_folder, "--engine-dir", tmp_path / "engines")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(str(tmp_path / "engines" / "fcr-"))
     assert "checked unet: relative error" in result.stderr

@@ -206,11 +206,11 @@ def test_no_value_up_to_the_maximum_is_cut_off(maximum, dtype):
     assert float(scale) <= max(1.001 * maximum / 100, np.finfo(np.float16).tiny)
 
 
-def test_an_engine_folder_of_8_bits(model_folder, tmp_path, monkeypatch):
+def test_an_engine_folder_of_8_bits(slim_folder, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\n\nhot dog\n")
     monkeypatch.setattr("encache.contract.calibration._STEPS", 3)
-    command = ["--ckpt", str(model_folder), "--backend", RTX, "--gpu", "rtx-4090"]
+    command = ["--ckpt", str(slim_folder), "--backend", RTX, "--gpu", "rtx-4090"]
     command += ["--dtype", "int8", "--calibration-prompts", str(prompts)]
     command += ["--engine-dir", str(tmp_path / "engines")]
     result = CliRunner().invoke(main, command)
@@ -220,7 +220,7 @@ def test_an_engine_folder_of_8_bits(model_folder, tmp_path, monkeypatch):
     (folder,) = (path.parent for path in tmp_path.glob(f"engines/*/{MANIFEST}"))
     manifest = read_manifest(folder)
     assert manifest.identity.calibration == Calibration(("red apple", "hot dog"), 3)
-    assert manifest.identity.calibration == make_calibration(find_checkpoint(model_folder), prompts)
+    assert manifest.identity.calibration == make_calibration(find_checkpoint(slim_folder), prompts)
     unet = manifest.eight_bits["unet"]
     assert 0 < unet.share <= 1
     assert f"unet computes {unet.share:.1%} of its arithmetic in 8 bits" in result.stderr
@@ -231,9 +231,9 @@ def test_an_engine_folder_of_8_bits(model_folder, tmp_path, monkeypatch):
     assert 1e-3 < manifest.parity["unet"] < 0.1
 
 
-def test_too_large_an_error_is_refused(model_folder, tmp_path, monkeypatch):
+def test_too_large_an_error_is_refused(slim_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(build.PARITY_TOLERANCE, "int8", 1e-5)
-    request = Request(find_checkpoint(model_folder), "none", "int8", RTX, target(), CALIBRATION)
+    request = Request(find_checkpoint(slim_folder), "none", "int8", RTX, target(), CALIBRATION)
     with pytest.raises(EngineError, match=r"In int8, unet differs .* try --dtype fp16"):
         build_engines(request, tmp_path)
 
