@@ -70,11 +70,12 @@ LONG = {
     "--learning-rate": "3e-4",
     "--max-train-steps": "450",
 }
+ONE_RUN = str(FOLDER / "one-run" / "shared.safetensors")
 STUDENTS: dict[str, dict[str, str]] = {
     "one run": {"--max-train-steps": "3600"},
     # The weights that ship: from those, on new pictures and a GPU, minutes.
     "one run, more pictures": {
-        "--student-weights": str(FOLDER / "one-run" / "shared.safetensors"),
+        "--student-weights": ONE_RUN,
         "--pairs-dir": str(FOLDER / "more-pairs"),
         "--pairs-seed": "11",
         "--num-pairs": "65472",
@@ -90,7 +91,7 @@ STUDENTS: dict[str, dict[str, str]] = {
         "--max-train-steps": "2000",
         "--steps": "8",
         "--stride": "4",
-        "--student-weights": str(fast_model()),
+        "--student-weights": ONE_RUN,
         "--learning-rate": "5e-4",
         "--num-pairs": "32000",
     },

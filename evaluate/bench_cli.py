@@ -72,7 +72,7 @@ class _BenchOptions:
         "--compile",
         is_flag=True,
         default=False,
-        help="Also diffusers with torch.compile; encache with it is a --backend.",
+        help="Also diffusers with torch.compile; for encache itself use --backend torch.compile.",
     )
 
 

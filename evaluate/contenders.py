@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from encache.errors import EncacheError
 from encache.evaluate.costs import gflop_of, steps_within
@@ -253,8 +254,12 @@ def compiled(pipeline: "StableDiffusionPipeline", full: Contender) -> Contender:
 
     UNet and image decoder are compiled, as diffusers' guide has it, with CUDA graphs on a GPU.
     """
-    forward = torch.compile(pipeline.unet.forward, mode="reduce-overhead")
+    replayed = torch.compile(pipeline.unet.forward, mode="reduce-overhead")
     decode = torch.compile(pipeline.vae.decode)
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        # The next replay writes over it, and a solver may still want it.
+        return tree_map(torch.clone, replayed(*arguments, **options))
 
     @contextmanager
     def patch() -> Iterator[None]:

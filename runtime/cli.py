@@ -201,7 +201,10 @@ def _open_host(
     refuse_without_cut(cut, "max_decode_batch")
     if engines.backend == COMPILED:
         name = checkpoint.family.pipeline
-        raise click.UsageError(f"{name} runs with --backend torch, and not compiled yet.")
+        raise click.UsageError(
+            f"--backend torch.compile draws texts to images alone; {name} takes --backend torch or "
+            "onnxruntime."
+        )
     return Host(
         checkpoint,
         source,

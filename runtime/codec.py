@@ -10,6 +10,7 @@ from torch import Tensor
 from encache.contract.dtypes import tensor_dtype
 from encache.errors import EncacheError
 from encache.model.spec import ImageSpec
+from encache.runtime.compiling import compiled as through_compiler
 from encache.runtime.engines import Graph, run_graph
 from encache.runtime.memory import explaining_want_of_memory
 
@@ -33,7 +34,7 @@ class TorchCodec:
     def __init__(self, vae: Any, *, upcast: bool = False, compiled: bool = False) -> None:
         narrow = upcast and vae.dtype == torch.float16
         self._vae = copy.deepcopy(vae).float() if narrow else vae
-        self._decode = torch.compile(self._vae.decode) if compiled else self._vae.decode
+        self._decode = through_compiler(self._vae.decode) if compiled else self._vae.decode
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from encache.contract.target import Target
 from encache.model.backbone import Conditions, backbone_of
 from encache.model.spec import NO_CUT, Cut, GraphSpec, TensorSpec
 from encache.model.split import Halves
+from encache.runtime.compiling import compiled as through_compiler
 
 
 class Engines(Protocol):
@@ -177,8 +178,8 @@ class TorchEngines:
         module: the denoiser.
         cut: where it is cut.
         capturable: see `Engines`; a graph does not follow later changes of the module.
-        compiled: run it through torch.compile, whose first runs take minutes; they follow later
-            changes of the module.
+        compiled: run it through torch.compile, whose first runs take minutes. Behind a cut some of
+            it stays as it is: what the halves replace in the module is not traced.
 
     Raises:
         CheckpointError: encache cannot run it, or it has no such cut.
@@ -195,7 +196,7 @@ class TorchEngines:
         parts: tuple[Any, ...] = (self._undivided,)
         if halves:
             parts = (halves.encoder, halves.decoder)
-        self._parts = tuple(map(torch.compile, parts)) if compiled else parts
+        self._parts = tuple(map(through_compiler, parts)) if compiled else parts
         self.name = COMPILED if compiled else "torch"
         self.cut = cut
         self.identity: Mapping[str, Any] = {

@@ -90,7 +90,7 @@ class FromPretrained:
             cut: where its UNet is cut.
             capturable: on a GPU, run equal calls as a CUDA graph from the second on. It does not
                 follow later changes of the pipeline's modules, such as a LoRA.
-            compiled: run all of it through torch.compile, whose first picture takes minutes.
+            compiled: run its parts through torch.compile, whose first picture takes minutes.
 
         Raises:
             EncacheError: encache runs no such pipeline, or it reads what encache does not carry.

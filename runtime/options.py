@@ -144,7 +144,7 @@ class EnginesOptions:
     backend: str = option(
         type=click.Choice((*TORCH_BACKENDS, *BACKENDS)),
         default="onnxruntime",
-        help="torch.compile takes minutes before its first picture; it is PyTorch at its fastest.",
+        help="torch.compile takes minutes before its first picture, and pays for many of one size.",
     )
     engine_dir: Path = option(
         type=click.Path(path_type=Path),

@@ -71,11 +71,11 @@ def _abandon(graph: Any) -> None:
     """Let others be captured, and random numbers be drawn, after a capture that broke off.
 
     PyTorch leaves such a capture open in three places. Its allocator goes on recording into the
-    pool, which can be ended; its allocator of pinned memory too, which cannot, and which asks the
-    graph each time: so the graph stays, and others get another pool. Its generators wait for the
-    graph's end, until they are given their own state anew.
+    pool, which can be ended. Its allocator of pinned memory does so too, which cannot be ended; it
+    asks the broken graph at every allocation. So the graph must stay alive, and others get another
+    pool. Its generators wait for the graph's end, until they are given their own state anew.
     """
-    with suppress(RuntimeError):  # it was ended properly
+    with suppress(RuntimeError, AttributeError):  # it was ended properly, or is called otherwise
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), _pool().id)
     _abandoned.append((graph, _pool()))
     _pool.cache_clear()

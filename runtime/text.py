@@ -11,6 +11,7 @@ from torch import Tensor
 from encache.errors import EncacheError
 from encache.model.text import TOKENIZING, tokenize
 from encache.model.text_encoder import TextEncoder
+from encache.runtime.compiling import compiled as through_compiler
 from encache.runtime.engines import Graph, run_graph
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class TorchText:
 
     def __init__(self, module: TextEncoder, *, compiled: bool = False) -> None:
         self._module = module
-        self._run = torch.compile(module) if compiled else module
+        self._run = through_compiler(module) if compiled else module
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, clip_skip: int) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-#: Yields the batches of one process from the given step on, `accumulation` for every step.
+#: Yields the batches of one process from the given step on, `accumulation` for every step, and
+#: never ends.
 Batches = Callable[[int], Iterator[Any]]
 #: To which group a parameter belongs, by its name, and the multiple of the learning rate with which
 #: that group learns. The gradients of a group are clipped together.
@@ -165,7 +166,7 @@ def fit(
     )
     source = batches(start)
     if accelerator.device.type != "cpu":
-        source = _ahead(source)
+        source = ahead(source)
     for step in bar:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = recipe.learning_rate_at(step) * rate
@@ -195,8 +196,8 @@ def fit(
     model.eval()
 
 
-def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, each made while the device learns from the one before."""
+def ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same endless batches, each made in a thread while the one before is learned from."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, batches)
         while True:

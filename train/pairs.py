@@ -5,7 +5,7 @@ pair's number, so only latents are stored, and any number of runs may share or p
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from encache.errors import EncacheError
 from encache.files import check_writable, digest_of_lines, parse_json, read_lines, write_json
@@ -28,7 +29,7 @@ from encache.train.emoji import STYLES
 from encache.train.loop import generator_of
 from encache.train.weights import write_tensors
 
-#: Pairs per file, and the most that a stop loses.
+#: Pairs per file. A stop loses those of one file, or of one batch where that is larger.
 SHARD = 64
 #: Says what the folder holds.
 _FACTS = "pairs.json"
@@ -169,16 +170,15 @@ class Pairs:
                 total=len(mine) * SHARD,
                 disable=not accelerator.is_main_process,
             ) as bar:
-                at_once = max(batch_size // SHARD, 1)
+                at_once = -(-batch_size // SHARD)
                 for first in range(0, len(mine), at_once):
-                    shards_now = mine[first : first + at_once]
+                    together = mine[first : first + at_once]
                     # Those that are not there by now, from another run.
-                    missing = [shard for shard in shards_now if not self._path(shard).exists()]
-                    for shard, latents in zip(
-                        missing, self._draw_shards(pipeline, missing, batch_size), strict=True
-                    ):
+                    missing = [shard for shard in together if not self._path(shard).exists()]
+                    drawn = self._draw_shards(pipeline, missing, batch_size, bar)
+                    for shard, latents in zip(missing, drawn, strict=True):
                         write_tensors({"latents": latents.half()}, self._path(shard), {})
-                    bar.update(len(shards_now) * SHARD)
+                    bar.update((len(together) - len(missing)) * SHARD)
         accelerator.wait_for_everyone()
 
     def latents(self, index: int) -> Tensor:
@@ -198,13 +198,16 @@ class Pairs:
         return latents[self._kept].float()
 
     def _draw_shards(
-        self, pipeline: EncachePipeline, shards: Sequence[int], batch_size: int
-    ) -> Iterator[Tensor]:
+        self, pipeline: EncachePipeline, shards: Sequence[int], batch_size: int, bar: tqdm
+    ) -> Sequence[Tensor]:
         """Latents [SHARD, E, C, h, w] of each shard."""
         pairs = [index for shard in shards for index in range(shard * SHARD, (shard + 1) * SHARD)]
-        batches = (pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size))
-        parts = [self._draw(pipeline, batch) for batch in batches]
-        return iter(torch.cat(parts).split(SHARD) if parts else ())
+        parts = []
+        for first in range(0, len(pairs), batch_size):
+            batch = pairs[first : first + batch_size]
+            parts.append(self._draw(pipeline, batch))
+            bar.update(len(batch))
+        return torch.cat(parts).split(SHARD) if parts else ()
 
     def _draw(self, pipeline: EncachePipeline, pairs: Sequence[int]) -> Tensor:
         """Latents [n, E, C, h, w] of some pairs, after each of the stored calls."""

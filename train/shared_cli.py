@@ -15,6 +15,7 @@ from encache.train.options import NAMES, FCROptions, Opened, RunOptions, open_mo
 
 if TYPE_CHECKING:
     from encache.model.checkpoint import Checkpoint
+    from encache.runtime.pipeline import EncachePipeline
     from encache.train.fcr import FCR
     from encache.train.shared import Shared
 
@@ -53,7 +54,9 @@ class _TeacherOptions:
         "docs/study.md).",
     )
     teacher_batch_size: int = option(
-        type=click.IntRange(1), default=8, help="Teacher's pictures at once."
+        type=click.IntRange(1),
+        default=8,
+        help="Teacher's pictures at once; also what a stop loses.",
     )
     teacher_backend: str = option(
         type=click.Choice(("torch", "onnxruntime")),
@@ -204,7 +207,6 @@ def shared(
     regulariser.check()
     loss.check()
 
-    from encache.runtime.pipeline import EncachePipeline
     from encache.train.pairs import Pairs, make_teacher, read_prompts
     from encache.train.student import make_student, shared_task
 
@@ -231,7 +233,7 @@ def shared(
         guidance_scale=teaching.guidance_scale,
         stride=teaching.teacher_stride,
         seed=teaching.pairs_seed,
-        precision="no" if dtype == "fp32" else dtype,
+        precision="no" if dtype == "fp32" else dtype,  # as folders of pairs have it
         compared_at=student.comparable_calls(opened.pipeline.scheduler, teaching.teacher_steps),
     )
     pairs = Pairs(teaching.pairs_dir or opened.run.output / "pairs", teacher)
@@ -239,9 +241,7 @@ def shared(
     def draw_pairs(number: int) -> None:
         pairs.draw_missing(
             number,
-            lambda: EncachePipeline.from_checkpoint(
-                checkpoint, cut=NO_CUT, backend=teaching.teacher_backend, dtype=dtype
-            ),
+            lambda: _open_teacher(opened, teaching.teacher_backend, dtype),
             teaching.teacher_batch_size,
             opened.accelerator,
         )
@@ -287,10 +287,24 @@ def _find_start(weights: Path | None, teacher: "Checkpoint") -> "Checkpoint | No
 
 
 def _teacher_dtype(opened: Opened, backend: str) -> str:
-    """That the frozen UNet draws in: half precision on a GPU, where the training may use it too."""
+    """The precision it draws in: fp16 by torch on a GPU if the training is mixed, else fp32."""
     accelerator = opened.accelerator
     half = accelerator.device.type == "cuda" and accelerator.mixed_precision != "no"
     return "fp16" if half and backend == "torch" else "fp32"
+
+
+def _open_teacher(opened: Opened, backend: str, dtype: str) -> "EncachePipeline":
+    """A copy of its own, which may have another precision than the one that is trained."""
+    from encache.contract.dtypes import torch_dtype
+    from encache.model.loading import load_pipeline
+    from encache.runtime.pipeline import EncachePipeline
+
+    if backend != "torch":
+        return EncachePipeline.from_checkpoint(opened.checkpoint, cut=NO_CUT, backend=backend)
+    device = opened.accelerator.device
+    return EncachePipeline.from_pipe(
+        load_pipeline(opened.checkpoint, torch_dtype(dtype), device), NO_CUT
+    )
 
 
 def _refuse_what_means_nothing(*, needs_pairs: bool, vsd: bool, fcr: bool) -> None:

@@ -205,9 +205,10 @@ def test_no_backend_that_opens(model_folder, monkeypatch):
 
 
 def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
-    calls = []
+    calls, modes = [], []
 
-    def compile(forward, **_):
+    def compile(forward, mode=None):
+        modes.append(mode)
         return lambda *arguments, **options: calls.append(1) or forward(*arguments, **options)
 
     monkeypatch.setattr(torch, "compile", compile)
@@ -218,6 +219,7 @@ def test_torch_compile_is_put_in_place_and_back(pipeline, monkeypatch):
     with compiled.patch():
         picture = compiled.draw(prompt, noise)
     assert len(calls) == 3  # two calls of the UNet, one picture
+    assert modes == ["reduce-overhead", None]
     torch.testing.assert_close(plain.draw(prompt, noise), picture)
     assert len(calls) == 3
 

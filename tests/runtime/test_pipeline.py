@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch._dynamo.exc import BackendCompilerFailed
 
 from encache.contract.target import Target
 from encache.errors import EncacheError
@@ -335,6 +336,19 @@ def test_all_parts_run_compiled(model_folder, pipeline, monkeypatch, cut, runs):
     assert len(calls) == runs + 2  # the text encoder, and the autoencoder
     plain = EncachePipeline.from_pretrained(model_folder, backend="torch", cut=cut)
     torch.testing.assert_close(pictures, plain("red apple", **call).images)
+
+
+def test_a_compiler_that_is_missing_is_one_sentence(pipeline, monkeypatch):
+    def compile(part):
+        def run(*_):
+            raise BackendCompilerFailed(compile, OSError("no g++"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    ours = EncachePipeline.from_pipe(pipeline, "none", compiled=True)
+    with pytest.raises(EncacheError, match="no g.*install them, or use --backend torch"):
+        ours("red apple", num_inference_steps=2)
 
 
 @pytest.fixture

@@ -84,11 +84,17 @@ def solved_by(name, make=make_pipeline):
 def refiner():
     """Image to image with one text encoder and an aesthetic score."""
     base = make_xl_pipeline()
-    changes = {"cross_attention_dim": 24, "projection_class_embeddings_input_dim": 5 * 4 + 20}
+    # As the real one's: its pooled text is as wide as its text, which tells it from a base model.
+    encoder = base.text_encoder_2
+    config = type(encoder.config)(**{**encoder.config.to_dict(), "projection_dim": 24})
+    torch.manual_seed(0)
+    encoder = type(encoder)(config).eval()
+    changes = {"cross_attention_dim": 24, "projection_class_embeddings_input_dim": 5 * 4 + 24}
     return similar(
         base,
         StableDiffusionXLImg2ImgPipeline,
         unet=tiny_unet(**XL_UNET | changes),
+        text_encoder_2=encoder,
         text_encoder=None,
         tokenizer=None,
         requires_aesthetics_score=True,

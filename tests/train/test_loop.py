@@ -1,6 +1,8 @@
 """The training loop resumes exactly and stops safely."""
 
+import itertools
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from encache.errors import EncacheError
-from encache.train.loop import Losses, Recipe, averaged, fit, generator_of, step_generators
+from encache.train.loop import Losses, Recipe, ahead, averaged, fit, generator_of, step_generators
 
 RECIPE = Recipe(steps=20, learning_rate=0.05, warmup=3, checkpoint_every=7, ema_decay=0.9)
 
@@ -232,3 +234,28 @@ def test_8bit_adam_without_bitsandbytes(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(EncacheError, match="pip install bitsandbytes"):
         fit(*problem(), replace(RECIPE, use_8bit_adam=True), tmp_path / "run.pt")
+
+
+def test_batches_made_ahead_are_the_same():
+    batches = ahead(iter(range(5)))
+    assert [next(batches) for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_an_error_of_a_batch_made_ahead_comes_with_that_batch():
+    def source():
+        yield 0
+        raise EncacheError("a damaged pair")
+
+    batches = ahead(source())
+    assert next(batches) == 0
+    with pytest.raises(EncacheError, match="a damaged pair"):
+        next(batches)
+
+
+def test_no_thread_outlives_the_batches_made_ahead():
+    before = threading.active_count()
+    batches = ahead(itertools.count())
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before

@@ -313,6 +313,16 @@ def test_a_folder_of_pairs_grows_and_is_shared(tmp_path, pipeline):
     )
 
 
+def test_large_batches_draw_the_same_pairs(tmp_path, pipeline):
+    """Over several files at once, of which one is there already."""
+    small, large = (Pairs(tmp_path / name, teacher_of()) for name in ("small", "large"))
+    small.draw_missing(3 * SHARD, lambda: pipeline, 24, Accelerator())
+    large.draw_missing(1, lambda: pipeline, 24, Accelerator())
+    large.draw_missing(3 * SHARD, lambda: pipeline, 2 * SHARD, Accelerator())
+    for index in (0, SHARD - 1, SHARD, 3 * SHARD - 1):
+        torch.testing.assert_close(large.latents(index), small.latents(index), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"seed": 1}, "seed"), ({"calls": (1, 4)}, "calls"), ({"model": "n"}, "model")],
