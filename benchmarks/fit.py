@@ -11,8 +11,8 @@ the place of its rows in the results, and the others stay.
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,27 @@ from encache.train.emoji import STYLES
 FOLDER = Path("runs/fit")
 REAL = Path("runs/study/real")
 SHIPPED = "shipped"
-#: Solver (of the model itself, or another), steps, and numbers of evaluations.
-SAMPLERS = (("", 50, (17, 13, 10, 5, 3)), ("dpmsolver++", 20, (10, 7, 4)))
-#: Plans of so few evaluations are refined by gradients, and their key calls searched; for more of
-#: them least squares and even key calls leave little.
-FEW = 5
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What plans are fitted for.
+
+    Attributes:
+        solver: by name; "" for the model's own.
+        steps: of the full sampler.
+        budgets: numbers of evaluations.
+        few: plans of so few evaluations are refined by gradients, and their key calls searched; for
+            more of them least squares and even key calls leave little.
+    """
+
+    solver: str
+    steps: int
+    budgets: tuple[int, ...]
+    few: int
+
+
+OWN, OTHER = Sampler("", 50, (17, 13, 10, 5, 3), 5), Sampler("dpmsolver++", 20, (10, 7, 4), 10)
 #: From how many pictures the same plan is fitted.
 FEWER = (16, 32, 64, 128)
 SEARCHES = Search(generations=6)
@@ -60,17 +76,16 @@ class Study:
     """The default model with one solver.
 
     Args:
-        solver, steps: of the full sampler.
+        sampler: see `Sampler`.
         options: of the command line.
         num_images: to fit on.
     """
 
-    def __init__(
-        self, solver: str, steps: int, options: argparse.Namespace, num_images: int
-    ) -> None:
+    def __init__(self, sampler: Sampler, options: argparse.Namespace, num_images: int) -> None:
         self.checkpoint = find_checkpoint()
-        self.full = Setting(SHIPPED, solver, steps)
-        self.steps, self.scale = steps, self.checkpoint.guidance_scale
+        self.sampler, self.budgets, self.steps = sampler, sampler.budgets, sampler.steps
+        self.full = Setting(SHIPPED, sampler.solver, sampler.steps)
+        self.scale = self.checkpoint.guidance_scale
         self.options = options
         self.store = Store(options.store)
         self.extractor = load_extractor("efficientnet-lite0")
@@ -79,7 +94,7 @@ class Study:
         backend = Backend("onnxruntime", engine_dir=options.engine_dir)
         self.models = {SHIPPED: Model(self.checkpoint, backend)}
         self.scheduler = self.models[SHIPPED].scheduler(self.full)
-        self.num_calls = count_calls(self.scheduler, steps)
+        self.num_calls = count_calls(self.scheduler, self.steps)
         self.evaluation = self.evaluate(
             Protocol(self.held_out.prompts, options.num_held_out, self.scale, batch_size=16)
         )
@@ -132,8 +147,9 @@ class Study:
             "errors": [float(f"{error:.4g}") for error in errors],
         }
 
-    def search(self, budgets: Sequence[int]) -> list[tuple[int, ...]]:
-        """Key calls moved by NSGA-II, or even ones where these serve better."""
+    def search(self) -> list[tuple[int, ...]]:
+        """Key calls of few runs moved by NSGA-II, or even ones where these serve better."""
+        budgets = [budget for budget in self.budgets if budget <= self.sampler.few]
         return self.fitter.search(
             budgets,
             lambda error_of: search_key_calls(self.num_calls, budgets, error_of, SEARCHES),
@@ -156,21 +172,21 @@ class Study:
         return self.by(self.fitter.fit(apart(keys, self.scale)))
 
 
-def plans(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
+def plans(study: Study) -> Iterator[Row]:
     """Every budget: plain steps, the rule, least squares, and gradients besides."""
     yield study.row("full", study.full)
-    for budget in budgets:
+    for budget in study.budgets:
         keys = spread_key_calls(budget, study.num_calls)
         yield study.row("plain", replace(study.full, steps=budget))
         yield study.row("rule", study.rule(keys))
         yield study.row("least squares", study.squares(keys))
-        if budget <= FEW:
+        if budget <= study.sampler.few:
             yield study.row("gradients", study.refined(keys))
 
 
-def rules(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
+def rules(study: Study) -> Iterator[Row]:
     """Published rules at the same key calls, and the published key calls."""
-    for budget in budgets:
+    for budget in study.budgets:
         keys = spread_key_calls(budget, study.num_calls)
         for name, weigh in RULES.items():
             plan = plan_of_weights(study.scheduler, study.steps, keys, weigh, name)
@@ -180,17 +196,17 @@ def rules(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
     yield study.row("published key calls, least squares", study.squares(published))
 
 
-def searched(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
+def searched(study: Study) -> Iterator[Row]:
     """Key calls moved by NSGA-II."""
-    for keys in study.search([budget for budget in budgets if budget <= FEW]):
+    for keys in study.search():
         yield study.row("searched key calls, rule", study.rule(keys))
         yield study.row("searched key calls, least squares", study.squares(keys))
         yield study.row("searched key calls, gradients", study.refined(keys))
 
 
-def rows(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
+def rows(study: Study) -> Iterator[Row]:
     """Guidance at fewer calls: more evaluations in as many rows."""
-    for budget in budgets:
+    for budget in study.budgets:
         for every in UNCONDITIONAL:
             # every * c evaluations in (every + 1) * c rows
             number = min(2 * budget * every // (every + 1), study.num_calls)
@@ -208,7 +224,7 @@ def _branches(guided: bool) -> Branches:
     return "apart" if guided else "conditional"
 
 
-def transfer(study: Study, budgets: tuple[int, ...]) -> Iterator[Row]:
+def transfer(study: Study) -> Iterator[Row]:
     """What was fitted on plain names at the model's own guidance and size, drawn otherwise."""
     keys = spread_key_calls(10, study.num_calls)
     settings = {
@@ -239,26 +255,25 @@ PARTS = {
     "transfer": transfer,
 }
 #: Of the model's own solver alone.
-OWN = {"transfer"}
+ALONE = {"transfer"}
 
 
 def fewer(options: argparse.Namespace) -> Iterator[Row]:
     """The same plans from fewer pictures."""
-    solver, steps, budgets = SAMPLERS[0]
     for number in FEWER:
-        study = Study(solver, steps, options, number)
-        for budget in budgets:
+        study = Study(OWN, options, number)
+        for budget in study.budgets:
             keys = spread_key_calls(budget, study.num_calls)
             yield study.row("least squares", study.squares(keys))
 
 
-def ship(study: Study, budgets: tuple[int, ...], path: Path) -> None:
+def ship(study: Study, path: Path) -> None:
     """Write the plan of each budget that serves the validation pictures best, as it measured."""
-    moved = {len(keys): keys for keys in study.search([one for one in budgets if one <= FEW])}
+    moved = {len(keys): keys for keys in study.search()}
     shipped = []
-    for budget in budgets:
+    for budget in study.budgets:
         spread = spread_key_calls(budget, study.num_calls)
-        fit = study.refined if budget <= FEW else study.squares
+        fit = study.refined if budget <= study.sampler.few else study.squares
         candidates = [fit(keys).fitted for keys in {spread, moved.get(budget, spread)}]
         best = min(filter(None, candidates), key=study.fitter.validation_error)
         row, rule = study.row("", study.by(best)), study.row("", study.rule(best.key_calls))
@@ -290,17 +305,19 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, help="Write the best plans there, a new file.")
     options = parser.parse_args()
     wanted = options.part or [*PARTS, "fewer"]
-    for solver, steps, budgets in SAMPLERS:
-        name = solver or "ddim"
+    for sampler in (OWN, OTHER):
+        name = sampler.solver or "ddim"
         if options.sampler and name not in options.sampler:
             continue
-        study = Study(solver, steps, options, options.num_images)
-        for part in (part for part in PARTS if part in wanted and not (part in OWN and solver)):
+        study = Study(sampler, options, options.num_images)
+        for part in PARTS:
+            if part not in wanted or (part in ALONE and sampler is not OWN):
+                continue
             start = time.perf_counter()
-            found = [*progress(PARTS[part](study, budgets), desc=f"{name} {part}")]
+            found = [*progress(PARTS[part](study), desc=f"{name} {part}")]
             _write(options, f"{name} {part}", found, time.perf_counter() - start)
-        if options.plans and not solver:
-            ship(study, budgets, options.plans)
+        if options.plans and sampler is OWN:
+            ship(study, options.plans)
     if "fewer" in wanted:
         _write(options, "ddim fewer", [*fewer(options)], 0.0)
 

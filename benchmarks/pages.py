@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fit_page
+import gpu_page
 import pipelines_page
 import precision_page
 import study_page
@@ -206,10 +207,17 @@ def engines_table(manifests: Mapping[tuple[str, str], Mapping[str, Any]]) -> str
     return markdown(["shape", "cut", "seconds", *parts], cells)
 
 
+def fill_gpu(page: str) -> str:
+    """A page with the table of what was timed on a GPU."""
+    report = read("sd15_h100.json")
+    return fill(page, "gpu", f"{gpu_page.gpu_table(report)}\n\n{gpu_page.protocol(report)}")
+
+
 def fill_readme(page: str) -> str:
     """README.md with its tables."""
     page = fill(page, "cpu", cpu_table(read("cpu.json")))
     page = fill(page, "cpu protocol", protocol_table(["cpu.json"]))
+    page = fill_gpu(page)
     return fill(page, "one encoder run", shared_table(read("shared.json")["rows"]))
 
 
@@ -218,6 +226,8 @@ def fill_performance(page: str) -> str:
     reports = {"default": read("cpu.json"), "v1.5 shape": read("cpu_sd15_shape.json")}
     page = fill(page, "cpu by the count", count_table(reports))
     page = fill(page, "cpu protocol", protocol_table(list(COMMANDS)))
+    page = fill_gpu(page)
+    page = fill(page, "gpu parts", gpu_page.parts_table(read("sd15_h100.json")))
     manifests = {which: read(name) for which, name in MANIFESTS.items()}
     page = fill(page, "engines", engines_table(manifests))
     rows = read("precision_engines.json")["rows"]

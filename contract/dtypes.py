@@ -57,7 +57,7 @@ def default_dtype(backend: str) -> str:
 
 
 def refuse_dtype(backend: str, dtype: str) -> None:
-    """Raise EncacheError unless a backend, or "torch", computes in this precision."""
+    """Raise EncacheError unless a backend computes in this precision."""
     known = _OF_BACKEND.get(backend, DTYPES)
     if dtype not in known:
         raise EncacheError(

@@ -12,6 +12,9 @@ _LIBRARIES = {
     "tensorrt": (("tensorrt",), "tensorrt"),
 }
 TENSORRT_BACKENDS = tuple(_LIBRARIES)
+#: PyTorch runs the model's own modules, as they are or through torch.compile.
+COMPILED = "torch.compile"
+TORCH_BACKENDS = ("torch", COMPILED)
 #: What runs engines.
 BACKENDS = ("onnxruntime", "openvino", *TENSORRT_BACKENDS)
 

@@ -8,7 +8,7 @@ import click
 
 from encache.command import Command, FiniteFloat, typed_options
 from encache.contract.dtypes import DTYPES, torch_dtype
-from encache.contract.library import BACKENDS, TENSORRT_BACKENDS
+from encache.contract.library import BACKENDS, COMPILED, TENSORRT_BACKENDS, TORCH_BACKENDS
 from encache.contract.target import DECODE_CALLS, exactly, make_target, rows_of
 from encache.errors import EncacheError
 from encache.export.options import EngineDir, ModelOptions, SizeOptions
@@ -29,8 +29,6 @@ PROMPTS = (
     *("red apple", "hot dog", "octopus", "butterfly", "slice of pizza", "penguin", "strawberry"),
     *("sunflower", "tiger", "cactus", "whale", "doughnut", "mushroom", "owl", "banana", "tulip"),
 )
-#: The backend torch through torch.compile.
-COMPILED = "torch.compile"
 #: Compared unless others are asked for.
 DEFAULT_STRIDES = (3, 5, 10, 20)
 
@@ -47,7 +45,7 @@ class _BenchOptions:
     )
     backends: tuple[str, ...] = option(
         "--backend",
-        type=click.Choice(("torch", *BACKENDS)),
+        type=click.Choice((*TORCH_BACKENDS, *BACKENDS)),
         multiple=True,
         default=("torch", "onnxruntime"),
     )
@@ -74,16 +72,8 @@ class _BenchOptions:
         "--compile",
         is_flag=True,
         default=False,
-        help="Also torch.compile: of diffusers, and of the backend torch, if it is asked for.",
+        help="Also diffusers with torch.compile; encache with it is a --backend.",
     )
-
-    @property
-    def contenders(self) -> tuple[str, ...]:
-        """The backends, and with --compile the compiled twin of torch."""
-        return (
-            *self.backends,
-            *((COMPILED,) if self.compiling and "torch" in self.backends else ()),
-        )
 
 
 @click.command(cls=Command)
@@ -101,7 +91,7 @@ def main(
     Everything is built and warmed up first; then all take turns. Prints a table. Weights that were
     trained for a plan are timed beside the model that they come from.
 
-    Example: encache-bench --sd15-shape --backend torch --backend tensorrt-rtx --compile
+    Example: encache-bench --sd15-shape --backend torch.compile --backend tensorrt-rtx --compile
     """
     if bench.sd15_shape:
         for name in typed_options(names_of(ModelOptions)):
@@ -211,7 +201,7 @@ class _Session:
         contenders, absent = assemble(
             self.pipeline,
             lambda backend, cut: self._open(backend, cut, batch),
-            self.bench.contenders,
+            self.bench.backends,
             self.bench.cuts,
             self.task,
             self.bench.compiling,
@@ -227,7 +217,7 @@ class _Session:
     def _open(self, backend: str, cut: Cut, batch: int) -> "EncachePipeline":
         from encache.runtime.pipeline import EncachePipeline
 
-        if backend in ("torch", COMPILED):
+        if backend in TORCH_BACKENDS:
             compiled = backend == COMPILED
             return EncachePipeline.from_pipe(self.pipeline, cut, capturable=True, compiled=compiled)
         rows = self.task.rows * batch

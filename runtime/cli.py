@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encache.command import Command, Text, echo_path, typed_options
+from encache.contract.library import COMPILED
 from encache.errors import EncacheError
 from encache.export.options import (
     EngineOptions,
@@ -198,6 +199,9 @@ def _open_host(
 
     cut = engine.cut or checkpoint.cut
     refuse_without_cut(cut, "max_decode_batch")
+    if engines.backend == COMPILED:
+        name = checkpoint.family.pipeline
+        raise click.UsageError(f"{name} runs with --backend torch, and not compiled yet.")
     return Host(
         checkpoint,
         source,

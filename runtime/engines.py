@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from encache.contract.dtypes import tensor_dtype, torch_dtype
+from encache.contract.library import COMPILED
 from encache.contract.manifest import Manifest
 from encache.contract.target import Target
 from encache.model.backbone import Conditions, backbone_of
@@ -191,9 +192,11 @@ class TorchEngines:
     ) -> None:
         self._backbone = backbone_of(module)
         halves = None if cut == NO_CUT else Halves(module, cut)
-        parts = (halves.encoder, halves.decoder) if halves else (self._undivided,)
+        parts: tuple[Any, ...] = (self._undivided,)
+        if halves:
+            parts = (halves.encoder, halves.decoder)
         self._parts = tuple(map(torch.compile, parts)) if compiled else parts
-        self.name = "torch.compile" if compiled else "torch"
+        self.name = COMPILED if compiled else "torch"
         self.cut = cut
         self.identity: Mapping[str, Any] = {
             "backend": self.name,

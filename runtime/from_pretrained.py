@@ -8,7 +8,7 @@ import torch
 
 from encache.contract import dtypes
 from encache.contract.calibration import make_calibration
-from encache.contract.library import TENSORRT_BACKENDS
+from encache.contract.library import COMPILED, TENSORRT_BACKENDS, TORCH_BACKENDS
 from encache.contract.manifest import read_manifest
 from encache.contract.target import Target, make_target
 from encache.errors import EncacheError
@@ -155,7 +155,8 @@ class FromPretrained:
             tome: ratio of tokens to merge in self-attention (ToMe), such as 0.5.
             scheduler: in place of the model's own.
             cut: where the UNet is cut; by default where the model wants it, or behind its output.
-            backend: "torch", "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt".
+            backend: "torch", "torch.compile", "onnxruntime", "openvino", "tensorrt-rtx" or
+                "tensorrt".
             dtype: "fp32", "fp16", "bf16" (OpenVINO), "int8", "fp8" (TensorRT-RTX), or torch's; by
                 default fp32, fp16 for TensorRT and bf16 for OpenVINO.
             torch_dtype: diffusers' older name of it.
@@ -204,8 +205,8 @@ class FromPretrained:
         """
         cut, dtype = cut or checkpoint.cut, dtype or dtypes.default_dtype(backend)
         dtypes.refuse_dtype(backend, dtype)
-        if backend == "torch":
-            return cls._from_torch(checkpoint, cut, dtype)
+        if backend in TORCH_BACKENDS:
+            return cls._from_torch(checkpoint, cut, dtype, compiled=backend == COMPILED)
         if backend in TENSORRT_BACKENDS and target is None:
             target = make_target(checkpoint, backend, cut)
         calibration = make_calibration(checkpoint) if dtype in dtypes.EIGHT_BITS else None
@@ -216,11 +217,11 @@ class FromPretrained:
         return cls.from_engines(found or build_engines(request, engine_dir, report))
 
     @classmethod
-    def _from_torch(cls, checkpoint: Checkpoint, cut: Cut, dtype: str) -> Self:
+    def _from_torch(cls, checkpoint: Checkpoint, cut: Cut, dtype: str, *, compiled: bool) -> Self:
         """Loaded into PyTorch, "fp32" or "fp16", on the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pipeline = load_pipeline(checkpoint, dtypes.torch_dtype(dtype), device)
-        wrapped = cls.from_pipe(pipeline, cut, capturable=True)
+        wrapped = cls.from_pipe(pipeline, cut, capturable=True, compiled=compiled)
         wrapped.default_guidance_scale = checkpoint.guidance_scale
         wrapped.preset = checkpoint.preset
         return wrapped

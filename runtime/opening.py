@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from encache.contract.dtypes import default_dtype
-from encache.contract.library import TENSORRT_BACKENDS
+from encache.contract.library import TENSORRT_BACKENDS, TORCH_BACKENDS
 from encache.contract.manifest import Manifest, read_manifest, refuse_denoiser_alone
 from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, most_rows
 from encache.errors import CheckpointError
@@ -103,7 +103,7 @@ class Opening:
         if self.checkpoint.folder:
             return read_outline(self.checkpoint).scheduler
         # A single file alone says nothing until it is loaded; what was exported from it does.
-        if self.backend != "torch":
+        if self.backend not in TORCH_BACKENDS:
             request = Request(self.checkpoint, self.cut, self.dtype, self.backend)
             if folder := find_engines(request, self.engine_dir):
                 return load_scheduler(folder, read_manifest(folder))

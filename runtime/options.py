@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encache.command import FiniteFloat, typed_options
-from encache.contract.library import BACKENDS
+from encache.contract.library import BACKENDS, TORCH_BACKENDS
 from encache.contract.manifest import MANIFEST
 from encache.export.options import ModelOptions
 from encache.model.preset import Preset
@@ -141,7 +141,11 @@ class SamplingOptions(SolverOptions):
 class EnginesOptions:
     """What runs the model, and where its engines are."""
 
-    backend: str = option(type=click.Choice(("torch", *BACKENDS)), default="onnxruntime")
+    backend: str = option(
+        type=click.Choice((*TORCH_BACKENDS, *BACKENDS)),
+        default="onnxruntime",
+        help="torch.compile takes minutes before its first picture; it is PyTorch at its fastest.",
+    )
     engine_dir: Path = option(
         type=click.Path(path_type=Path),
         default=Path("engines"),
@@ -169,8 +173,8 @@ class EnginesOptions:
             )
         if sampling.key_calls and [*typed_options({"stride"})]:
             raise click.UsageError("--stride means nothing beside --key-calls.")
-        if self.backend == "torch" and [*typed_options({"engine_dir"})]:
-            raise click.UsageError("--engine-dir means nothing with --backend torch.")
+        if self.backend in TORCH_BACKENDS and [*typed_options({"engine_dir"})]:
+            raise click.UsageError(f"--engine-dir means nothing with --backend {self.backend}.")
 
 
 def strides_option(defaults: Sequence[int]) -> Any:

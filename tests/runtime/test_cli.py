@@ -555,6 +555,11 @@ def test_one_engine_folder_has_decided(run, engine_folder, options):
         (("--prompt", "x", "--seed", str(2**64)), 2, ["--seed"]),
         (("--prompt", "x", "--stride", "2", "--key-calls", "0,3"), 2, ["--stride", "--key-calls"]),
         (("--prompt", "x", "--backend", "torch", "--engine-dir", "y"), 2, ["--engine-dir"]),
+        (
+            ("--prompt", "x", "--backend", "torch.compile", "--engine-dir", "y"),
+            2,
+            ["torch.compile"],
+        ),
         (("--prompt", "x", "--height", "800000", "--width", "800000"), 1, ["Memory"]),
         (("--prompt", "x", "--lora", "a.safetensors:nan"), 1, ["finite"]),
         (("--prompt", "x", "--variant", "fp16"), 1, ["fp16"]),

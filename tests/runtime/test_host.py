@@ -312,6 +312,7 @@ REFUSED = [
     ("text", (*PROMPT, "--image", "picture.png", "--height", "16"), 1, ["--height means nothing"]),
     ("text", (*PROMPT, "--image", "picture.png", "--blend", "interpolate"), 1, ["look ahead"]),
     ("text", (*PROMPT, "--image", "picture.png", "--dry-run"), 2, ["--dry-run means nothing"]),
+    ("dit", ("--class-label", "7", "--backend", "torch.compile"), 2, ["not compiled yet"]),
     ("text", (*PROMPT, "--class-label", "3"), 1, ["no pipeline that takes --class-label"]),
     ("dit", ("--class-label", "7", *PROMPT), 2, ["DiT reads no prompt"]),
     ("dit", ("--class-label", "1000"), 1, ["classes 0 to 999, not 1000"]),

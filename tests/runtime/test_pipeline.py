@@ -317,6 +317,26 @@ def test_from_pretrained_builds_and_opens(model_folder, engine_folder, pipeline)
     assert_close(latents(ours, stride=1), latents(pipeline))
 
 
+@pytest.mark.parametrize(("cut", "runs"), [("none", 2), ("up2", 2 + 2)])
+def test_all_parts_run_compiled(model_folder, pipeline, monkeypatch, cut, runs):
+    """Two key calls of four; torch.compile itself, which takes a minute, is PyTorch's."""
+    calls = []
+
+    def compile(part):
+        name = getattr(part, "__name__", type(part).__name__)
+        return lambda *arguments: calls.append(name) or part(*arguments)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    ours = EncachePipeline.from_pretrained(model_folder, backend="torch.compile", cut=cut)
+    assert ours.engines.name == "torch.compile"
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 4, "stride": 2, "latents": noise, "output_type": "pt"}
+    pictures = ours("red apple", **call).images
+    assert len(calls) == runs + 2  # the text encoder, and the autoencoder
+    plain = EncachePipeline.from_pretrained(model_folder, backend="torch", cut=cut)
+    torch.testing.assert_close(pictures, plain("red apple", **call).images)
+
+
 @pytest.fixture
 def tuned(model_folder, tmp_path):
     """A checkpoint that says how to sample it, opened, and the same model that says nothing."""
