@@ -14,6 +14,7 @@ from typing import Any
 
 import fit_page
 import gpu_page
+import pipelines_page
 import precision_page
 import study_page
 from study_page import fill, interval, markdown, number
@@ -53,23 +54,6 @@ SAMPLERS = {
     "two runs, 8 steps, mid, reuse, stride 4, guidance 1": "two encoder runs (not shipped)",
     "shipped, 3 steps": "plain sampler, 3 steps",
     "shipped for one run, 4 steps, mid, reuse, stride 4, guidance 1": "one encoder run (`--fast`)",
-}
-#: Rows of docs/pipelines.md's tables: what the benchmark calls them, and what a reader does.
-NAMES = {
-    "image": "Stable Diffusion, image to image",
-    "inpainting, 4 channels": "inpainting, 4 channels",
-    "inpainting, 9 channels": "inpainting, 9 channels",
-    "xl refiner": "XL's refiner",
-    "xl inpainting": "XL inpainting, 9 channels",
-    "controlnet": "ControlNet",
-    "controlnet, xl": "ControlNet for XL",
-    "latent consistency": "LCM",
-    "turbo": "Turbo",
-    "if-1": "DeepFloyd-IF, stage I",
-    "if-2": "DeepFloyd-IF, stage II",
-    "dit": "DiT",
-    "text2video-zero": "Text2Video-Zero",
-    "videofusion": "VideoFusion",
 }
 #: Manifests of compiled engines, or what was noted of them, by shape and cut.
 MANIFESTS = {
@@ -223,46 +207,6 @@ def engines_table(manifests: Mapping[tuple[str, str], Mapping[str, Any]]) -> str
     return markdown(["shape", "cut", "seconds", *parts], cells)
 
 
-def systems_table(report: Mapping[str, Any]) -> str:
-    """What a picture of every pipeline costs, in full and cached."""
-
-    def change(pair: Sequence[float]) -> str:
-        full, cached = (significant(one, 3) for one in pair)
-        if full == cached:
-            return full if pair[0] else ""
-        return f"{full} to {cached}"
-
-    cells = []
-    for system, name in NAMES.items():
-        for one in report["systems"][system]["caches"]:
-            counts = (str(one[key]) for key in ("calls", "encoder_runs", "decoder_runs"))
-            parts = (one["mflop"][part] for part in ("denoiser", "controlnet", "codec"))
-            what = "output" if one["cut"] == "none" else f"features, cut {one['cut']}"
-            cells.append((name, what, *counts, *map(change, (*parts, one["seconds"]))))
-    heads = ["pipeline", "what is cached", "calls", "encoder runs", "decoder runs"]
-    return markdown([*heads, "denoiser, MFLOP", "ControlNet", "codec", "seconds"], cells)
-
-
-def halves_table(report: Mapping[str, Any]) -> str:
-    """How near both halves are to PyTorch in ONNX Runtime, and what TensorRT-RTX made of them."""
-    cells = []
-    for system, name in NAMES.items():
-        if (one := report["systems"][system].get("engines")) is None:
-            continue
-        layers = " and ".join(map(str, one["tensorrt_layers"].values()))
-        cut = report["systems"][system]["caches"][-1]["cut"]
-        cells.append((name, cut, f"{one['onnxruntime_error']:.0e}", layers))
-    heads = ["pipeline", "cut", "ONNX Runtime against PyTorch"]
-    return markdown([*heads, "layers of both halves in TensorRT-RTX"], cells)
-
-
-def fill_pipelines(page: str) -> str:
-    """docs/pipelines.md with its tables."""
-    report = read("systems.json")
-    page = fill(page, "systems", systems_table(report))
-    return fill(page, "halves", halves_table(report))
-
-
 def fill_gpu(page: str) -> str:
     """A page with the table of what was timed on a GPU."""
     report = read("sd15_h100.json")
@@ -377,6 +321,11 @@ def fill_serving(page: str) -> str:
     if "load" in served:
         page = fill(page, "load", load_table(served["load"]))
     return fill(page, "pace", pace_table(bulk["pace"])) if "pace" in bulk else page
+
+
+def fill_pipelines(page: str) -> str:
+    """docs/pipelines.md with its tables."""
+    return pipelines_page.fill_page(page, read("systems.json"), read("system_pictures.json"))
 
 
 def fill_study(page: str) -> str:

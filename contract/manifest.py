@@ -89,7 +89,7 @@ def identify(
         tools,
         target,
         calibration,
-        pipeline=family.pipeline if family.hosted else "",
+        pipeline=(family.engines or family.pipeline) if family.hosted else "",
         frames=frames,
     )
 

@@ -29,6 +29,7 @@ class Family:
         frames: of a clip, unless asked otherwise; 0 where it draws pictures.
         controlled: whether a ControlNet adds to what its denoiser computes.
         across_frames: whether its denoiser looks from row to row of a batch, which are frames.
+        engines: the pipeline whose engines serve it, where that is another one.
         upcasts: whether diffusers runs its autoencoder in fp32 where that says that it overflows in
             fp16 (`force_upcast`); Stable Diffusion's says so too, by default, and does not.
     """
@@ -48,6 +49,7 @@ class Family:
     frames: int = 0
     controlled: bool = False
     across_frames: bool = False
+    engines: str = ""
 
     @property
     def clips(self) -> bool:
@@ -105,6 +107,7 @@ FAMILIES = {one.pipeline: one for one in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 _PICTURE = {"image": "image", "strength": "strength"}
 _MASKED = {**_PICTURE, "mask_image": "mask_image"}
 _CONTROL = {"control_image": "image"}
+_CONTROLLED_PICTURE = {**_PICTURE, "control_image": "control_image"}
 _PIXELS = dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
 
 
@@ -138,6 +141,14 @@ HOSTED = {
             controlled=True,
         ),
         _hosted(
+            STABLE_DIFFUSION,
+            "StableDiffusionControlNetImg2Img",
+            "image to image with a ControlNet",
+            inputs=_CONTROLLED_PICTURE,
+            controlled=True,
+            engines="StableDiffusionControlNetPipeline",
+        ),
+        _hosted(
             STABLE_DIFFUSION_XL, "StableDiffusionXLImg2Img", "XL image to image", inputs=_PICTURE
         ),
         _hosted(
@@ -153,6 +164,14 @@ HOSTED = {
             "XL with a ControlNet",
             inputs=_CONTROL,
             controlled=True,
+        ),
+        _hosted(
+            STABLE_DIFFUSION_XL,
+            "StableDiffusionXLControlNetImg2Img",
+            "XL image to image with a ControlNet",
+            inputs=_CONTROLLED_PICTURE,
+            controlled=True,
+            engines="StableDiffusionXLControlNetPipeline",
         ),
         # The UNet is told the guidance, which in other models is a second row.
         _hosted(

@@ -14,6 +14,7 @@ from diffusers import (
     DiTPipeline,
     IFPipeline,
     LatentConsistencyModelPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -89,6 +90,7 @@ def models(tmp_path_factory, model_folder):
     (folder / "text").symlink_to(model_folder)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
+    Image.fromarray(pixels[::-1]).save(folder / "other.png")
     half = np.zeros((24, 16), np.uint8)
     half[:, 8:] = 255
     Image.fromarray(half).save(folder / "mask.png")
@@ -129,6 +131,15 @@ SYSTEMS = {
         StableDiffusionControlNetPipeline,
         {"image": "picture.png"},
     ),
+    "control and image": (
+        "text",
+        (
+            *(*PROMPT, "--controlnet", "control", "--control-image", "other.png"),
+            *("--image", "picture.png", "--strength", "0.7"),
+        ),
+        StableDiffusionControlNetImg2ImgPipeline,
+        {"image": "picture.png", "control_image": "other.png", "strength": 0.7},
+    ),
     "lcm": ("lcm", PROMPT, LatentConsistencyModelPipeline, {}),
     "if": ("if", (*PROMPT, "--negative-prompt", "pear"), IFPipeline, {"negative_prompt": "pear"}),
     "dit": ("dit", ("--class-label", "7"), DiTPipeline, {"class_labels": [7]}),
@@ -150,7 +161,7 @@ def typed(models, words):
 def expected(models, ckpt, kind, call):
     """What the pipeline draws with the same cache, in diffusers' own words; pixels [F, H, W, 3]."""
     parts = {"safety_checker": None, "feature_extractor": None}
-    if kind is StableDiffusionControlNetPipeline:
+    if "ControlNet" in kind.__name__:
         parts["controlnet"] = ControlNetModel.from_pretrained(models / "control")
     pipe = kind.from_pretrained(models / ckpt, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -213,7 +224,10 @@ def test_a_controlnet_adds_to_engines(run, models, tmp_path):
         pixels.append(np.asarray(Image.open(tmp_path / f"{backend}.png"), float))
     assert pixels[0].std() > 1
     assert abs(pixels[0] - pixels[1]).max() <= 1
-    (folder,) = (models / "engines").glob("slim-*")
+    with_image = [*options, "--image", *typed(models, ("other.png",)), "--output", "image.png"]
+    result = run("slim", *with_image, *place, backend="onnxruntime")
+    assert result.exit_code == 0, (result.output, result.exception)
+    (folder,) = (models / "engines").glob("slim-*")  # these serve image to image, too
     alone = CliRunner().invoke(main, ["--engine-dir", str(folder), *PROMPT])
     assert_one_sentence(alone, 1, "the denoiser of a StableDiffusionControlNetPipeline alone")
     pipe = StableDiffusionPipeline.from_pretrained(models / "slim")
@@ -263,7 +277,13 @@ REFUSED = [
         "text",
         (*PROMPT, "--image", "picture.png", "--controlnet", "control"),
         1,
-        ["no pipeline that takes --controlnet and --image"],
+        ["image to image with a ControlNet needs --control-image"],
+    ),
+    (
+        "text",
+        (*PROMPT, "--num-frames", "3", "--controlnet", "control"),
+        1,
+        ["no pipeline that takes --controlnet and --num-frames"],
     ),
     (
         "text",

@@ -13,9 +13,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -121,22 +123,22 @@ def turbo():
     return pipe
 
 
-def controlled(num_controlnets):
+def controlled(num_controlnets, kind=StableDiffusionControlNetPipeline):
     pipe = make_pipeline()
     nets = [tiny_controlnet(pipe.unet, seed) for seed in range(num_controlnets)]
     return similar(
         pipe,
-        StableDiffusionControlNetPipeline,
+        kind,
         controlnet=nets if num_controlnets > 1 else nets[0],
         requires_safety_checker=False,
     )
 
 
-def controlled_xl():
+def controlled_xl(kind=StableDiffusionXLControlNetPipeline):
     pipe = make_xl_pipeline()
     return similar(
         pipe,
-        StableDiffusionXLControlNetPipeline,
+        kind,
         controlnet=tiny_controlnet(pipe.unet),
         add_watermarker=False,
     )
@@ -144,6 +146,7 @@ def controlled_xl():
 
 LATENT = {"output_type": "latent"}
 CONTROL = {**LATENT, "image": picture()}
+CONTROLLED_PICTURE = {**CONTROL, "control_image": picture(seed=8), "strength": 0.65}
 VIDEO = {"num_frames": 3, "height": 16, "width": 16, **LATENT}
 FRAMES = {"video_length": 3, "height": 16, "width": 16, "t0": 3, "t1": 6, **LATENT}
 SYSTEMS = {
@@ -192,8 +195,20 @@ SYSTEMS = {
     "controlnet, two": System(
         lambda: controlled(2), {**LATENT, "image": [picture(), picture(seed=8)]}, "up1"
     ),
+    "controlnet, image": System(
+        lambda: controlled(1, StableDiffusionControlNetImg2ImgPipeline),
+        CONTROLLED_PICTURE,
+        "up0",
+        (4, STEPS),
+    ),
     "controlnet, guess mode": System(lambda: controlled(1), {**CONTROL, "guess_mode": True}, "up0"),
     "controlnet, xl": System(controlled_xl, {**CONTROL, "height": 16, "width": 16}, "up0"),
+    "controlnet, xl, image": System(
+        lambda: controlled_xl(StableDiffusionXLControlNetImg2ImgPipeline),
+        {**CONTROLLED_PICTURE, "height": 16, "width": 16},
+        "mid",
+        (4, STEPS),
+    ),
     "if-1": System(make_if_pipeline, {"output_type": "pt", **if_texts()}, "mid"),
     "if-2": System(
         make_if_upscaler, {"output_type": "pt", "image": picture(8, 8), **if_texts()}, "up0"
