@@ -36,6 +36,13 @@ class ModelOptions:
         multiple=True,
         help="FILE.safetensors or FILE.safetensors:SCALE, fused into the weights; repeatable.",
     )
+    concepts: tuple[str, ...] = option(
+        "--concept",
+        default=(),
+        multiple=True,
+        help="FILE.safetensors or FILE.safetensors:TOKEN of textual inversion, or the weights of "
+        "Custom Diffusion, as diffusers' scripts write them; repeatable.",
+    )
     vae: str | None = option(
         help="Folder or hub id of another autoencoder, such as the small madebyollin/taesd."
     )
@@ -57,7 +64,14 @@ class ModelOptions:
                 raise click.UsageError(f"--fast is a model of its own: leave out {name}.")
         named = fast_model() if self.fast else self.ckpt
         return find_checkpoint(
-            named, self.base, self.loras, self.vae, self.variant, self.tome, hosted
+            named,
+            self.base,
+            self.loras,
+            self.vae,
+            self.variant,
+            self.tome,
+            hosted,
+            self.concepts,
         )
 
 

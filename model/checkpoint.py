@@ -15,6 +15,7 @@ from typing import Any
 
 from encache.errors import CheckpointError
 from encache.files import parse_json
+from encache.model.concept import find_concept
 from encache.model.edit import Edit
 from encache.model.family import (
     FAMILIES,
@@ -173,6 +174,7 @@ def find_checkpoint(
     variant: str | None = None,
     tome: float | None = None,
     hosted: bool = False,
+    concepts: Sequence[str] = (),
 ) -> Checkpoint:
     """Find out what `ckpt` is, without loading it.
 
@@ -187,6 +189,7 @@ def find_checkpoint(
             that is there instead of them.
         tome: ratio of tokens to merge in self-attention, such as 0.5.
         hosted: whether it may belong to a pipeline that keeps its own loop.
+        concepts: files of textual inversion or Custom Diffusion, each as FILE or FILE:TOKEN.
 
     Raises:
         CheckpointError: nothing there, a pickle, corrupt, or of another kind.
@@ -198,7 +201,7 @@ def find_checkpoint(
             f"own loop. encache-export and encache-run take it, and in Python encache.enable; "
             f"here {runs(FAMILIES.values())}."
         )
-    edits: list[Edit] = [find_lora(one) for one in loras]
+    edits: list[Edit] = [*map(find_concept, concepts), *map(find_lora, loras)]
     if vae:
         edits.append(find_vae(vae, found.variant))
     if tome is not None:

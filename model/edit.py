@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 
 class Edit(Protocol):
-    """A change that belongs to a checkpoint: a LoRA, another autoencoder, merged tokens."""
+    """A change that belongs to a checkpoint: a LoRA, a concept, another codec, merged tokens."""
 
     @property
     def name(self) -> str:

@@ -132,6 +132,7 @@ class FromPretrained:
         *,
         base: str | Path | None = None,
         loras: Sequence[str] = (),
+        concepts: Sequence[str] = (),
         vae: str | Path | None = None,
         variant: str | None = None,
         tome: float | None = None,
@@ -150,6 +151,7 @@ class FromPretrained:
             model: diffusers folder, hub id, `.safetensors` file, or None for the default model.
             base: what completes a `.safetensors` file.
             loras: LoRA files, each as FILE or FILE:SCALE, fused into the weights.
+            concepts: files of textual inversion (FILE or FILE:TOKEN) or Custom Diffusion.
             vae: folder or hub id of an autoencoder that replaces the model's own.
             variant: of the folder's weights, such as "fp16".
             tome: ratio of tokens to merge in self-attention (ToMe), such as 0.5.
@@ -172,7 +174,7 @@ class FromPretrained:
         refuse_loading_options(diffusers_options)
         dtype = dtype or torch_dtype
         pipeline = cls.from_checkpoint(
-            find_checkpoint(model, base, loras, vae, variant, tome),
+            find_checkpoint(model, base, loras, vae, variant, tome, concepts=concepts),
             cut=cut,
             backend=backend,
             dtype=dtypes.dtype_name(dtype) if dtype else None,

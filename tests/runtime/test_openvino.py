@@ -5,17 +5,27 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
 
-from encache.contract.manifest import MANIFEST, read_manifest
+from encache.contract.manifest import (
+    MANIFEST,
+    ONNX,
+    ONNX_WEIGHTS,
+    read_manifest,
+    record_files,
+)
 from encache.errors import EncacheError, EngineError
 from encache.export.build import Request
 from encache.export.cli import main
 from encache.model.checkpoint import find_checkpoint
-from encache.runtime.openvino import load_openvino, refuse_without_bf16
+from encache.model.spec import GraphSpec, TensorSpec
+from encache.runtime.openvino import load_openvino, open_openvino, refuse_without_bf16
 from encache.runtime.pipeline import EncachePipeline
 
 BF16 = pytest.mark.skipif(
@@ -45,6 +55,39 @@ def draw(pipe, **changes):
 
 def error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_weights_of_a_real_size(tmp_path):
+    """OpenVINO reads those of a megabyte and more only when it compiles, for each set of shapes."""
+    width = 640
+    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path / "layer"
+    folder.mkdir()
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", width]) for name in ("x", "y")
+    )
+    nodes = [helper.make_node("MatMul", ["x", "matrix"], ["y"])]
+    weights = [numpy_helper.from_array(matrix.numpy(), "matrix")]
+    graph = helper.make_graph(nodes, "layer", [x], [y], weights)
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(
+        helper.make_model(graph, opset_imports=opset, ir_version=10),
+        folder / ONNX,
+        save_as_external_data=True,
+        location=ONNX_WEIGHTS,
+        size_threshold=0,
+    )
+    specs = [(TensorSpec(name, ("B", width), "float32"),) for name in ("x", "y")]
+    manifest = SimpleNamespace(
+        identity=SimpleNamespace(dtype="fp32"),
+        graphs=[GraphSpec("layer", *specs)],
+        files=record_files(tmp_path),
+    )
+    layer = open_openvino(tmp_path, manifest)["layer"]
+    for batch in (1, 3):
+        given, found = torch.ones(batch, width), torch.empty(batch, width)
+        layer.run({"x": given}, {"y": found})
+        torch.testing.assert_close(found, given @ matrix, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=BF16)])
