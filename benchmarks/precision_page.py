@@ -1,4 +1,4 @@
-"""The tables of 8 bits in docs/performance.md; `python benchmarks/pages.py` writes them."""
+"""The tables of lower precision in docs/performance.md; `benchmarks/pages.py` writes them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +49,42 @@ def precision_table(rows: Sequence[Row]) -> str:
     ]
     heads = ["dtype", "sampler", "counted microseconds", "PSNR, dB", "latent error"]
     return markdown([*heads, "PSNR against the same in fp32, dB", "Frechet distance"], cells)
+
+
+def calls_table(report: Mapping[str, Any]) -> str:
+    """One guided call of the default model's UNet on a CPU."""
+    cells = [
+        (
+            row["contender"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['speed']:.2f}x",
+            f"{row['error']:.2%}" if row["error"] > 1e-4 else "none",
+        )
+        for row in report["rows"]
+    ]
+    return markdown(["contender", "ms a call", "speed", "error of the noise"], cells)
+
+
+def openvino_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whole pictures in both libraries, OpenVINO in bf16."""
+    cells = []
+    for model, report in reports.items():
+        rows = {(row["backend"], row["sampling"]): row for row in report["rows"]}
+        for backend, sampling in rows:
+            if backend != "openvino":
+                continue
+            theirs, ours = rows["onnxruntime", sampling], rows[backend, sampling]
+            cells.append(
+                (
+                    model,
+                    sampling.replace("cut none", "output cache"),
+                    *(f"{1e3 * row['seconds']:.0f}" for row in (theirs, ours)),
+                    f"{theirs['seconds'] / ours['seconds']:.2f}x",
+                    *(f"{row['psnr']:.1f}" for row in (theirs, ours)),
+                )
+            )
+    heads = ["model", "sampler", "ONNX Runtime, ms", "OpenVINO, ms", "speed"]
+    return markdown([*heads, "PSNR, ONNX Runtime", "PSNR, OpenVINO"], cells)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -6,7 +6,6 @@ with, because OpenVINO is much faster where it knows them.
 """
 
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +41,7 @@ def open_openvino(folder: Path, manifest: Manifest) -> dict[str, "_Compiled"]:
     dtype = manifest.identity.dtype
     if dtype == "bf16":
         refuse_without_bf16(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    core.set_property({"ENABLE_MMAP": False})  # the files it reads do not stay
+    core.set_property({"ENABLE_MMAP": False})  # a file that is replaced must not change weights
     options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
     return {one.name: _Compiled(core, options, folder, manifest, one) for one in manifest.graphs}
 
@@ -83,17 +82,15 @@ class _Compiled:
         spec: GraphSpec,
     ) -> None:
         self.spec = spec
-        # OpenVINO reads weights beside a graph from a folder alone, so it gets checked copies.
-        with tempfile.TemporaryDirectory() as checked:
-            for name in (ONNX, ONNX_WEIGHTS):
-                content = read_verified(folder, manifest, f"{spec.name}/{name}")
-                Path(checked, name).write_bytes(content)
-            try:
-                self._model = core.read_model(Path(checked, ONNX))
-            except RuntimeError as error:
-                raise EngineError(
-                    f"OpenVINO cannot open {folder / spec.name}: {error}. {REBUILD}"
-                ) from error
+        for name in (ONNX, ONNX_WEIGHTS):
+            read_verified(folder, manifest, f"{spec.name}/{name}")
+        try:
+            # It takes weights from a file alone, large ones only when it compiles.
+            self._model = core.read_model(folder / spec.name / ONNX)
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO cannot open {folder / spec.name}: {error}. {REBUILD}"
+            ) from error
         self._core, self._options = core, options
         self._requests: dict[_Shapes, Any] = {}
         self._tensor = load_openvino().Tensor
