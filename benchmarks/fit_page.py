@@ -1,6 +1,7 @@
 """The tables of fitted plans in docs/study.md; `python benchmarks/pages.py` writes them."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from study_page import Row, fill, interval, markdown, number
@@ -22,7 +23,7 @@ def fill_page(page: str, fit: Mapping[str, Any]) -> str:
             page = fill(page, f"fitted plans, {solver}", plans_table(rows))
     if {f"{solver} rules" for solver in SOLVERS} <= parts.keys():
         page = fill(page, "published rules", rules_table(parts))
-    if {f"{solver} rows" for solver in SOLVERS} <= parts.keys():
+    if "ddim rows" in parts:
         page = fill(page, "guidance at fewer calls", branches_table(parts))
     if "ddim transfer" in parts:
         page = fill(page, "fitted elsewhere", transfer_table(parts["ddim transfer"]))
@@ -61,8 +62,7 @@ def rules_table(parts: Mapping[str, Sequence[Row]]) -> str:
         for budget in budgets:
             found = {row["name"]: row for row in known if row["encoder_runs"] == budget}
             names = ("plain", "rule", "ab2", "zeus", "hicache", "spectrum", "least squares")
-            errors = (found.get(name, {}).get("latent_error") for name in names)
-            cells.append((solver, str(budget), *map(_mean, errors)))
+            cells.append((solver, str(budget), *_errors([found.get(name) for name in names])))
     heads = ["solver", "runs", "plain steps", "a line (the default)", "AB2", "ZEUS", "HiCache"]
     return markdown([*heads, "Spectrum", "least squares"], cells)
 
@@ -75,17 +75,14 @@ def branches_table(parts: Mapping[str, Sequence[Row]]) -> str:
         for row in sorted(every, key=lambda row: -row["rows"]):
             sparse = {
                 one["name"]: one
-                for one in parts[f"{solver} rows"]
+                for one in parts.get(f"{solver} rows", [])
                 if one["name"].endswith("least squares") and one["rows"] == row["rows"]
             }
             if not sparse:
                 continue
             names = [f"guided {where}, least squares" for where in WHERE]
-            errors = [
-                row["latent_error"],
-                *(sparse.get(name, {}).get("latent_error") for name in names),
-            ]
-            cells.append((solver, str(row["rows"]), *map(_mean, errors)))
+            errors = _errors([row, *(sparse.get(name) for name in names)])
+            cells.append((solver, str(row["rows"]), *errors))
     return markdown(["solver", "rows", "guided at every run", *WHERE], cells)
 
 
@@ -109,8 +106,8 @@ def fewer_table(parts: Mapping[str, Sequence[Row]]) -> str:
     cells = []
     for runs in sorted({row["encoder_runs"] for row in whole}, reverse=True):
         rule = _find(parts["ddim plans"], encoder_runs=runs, name="rule")
-        errors = [_find(rows, encoder_runs=runs, pictures=number) for number in numbers]
-        cells.append((str(runs), *(_mean(row["latent_error"]) for row in (rule, *errors))))
+        fitted = [_find(rows, encoder_runs=runs, pictures=number) for number in numbers]
+        cells.append((str(runs), *_errors([rule, *fitted])))
     return markdown(["runs", "a line", *(f"{number} pictures" for number in numbers)], cells)
 
 
@@ -133,5 +130,7 @@ def _find(rows: Sequence[Row], **wanted: Any) -> Row:
     return next(row for row in rows if all(row[name] == one for name, one in wanted.items()))
 
 
-def _mean(error: Mapping[str, float] | None) -> str:
-    return significant(error["mean"], 2) if error else ""
+def _errors(rows: Sequence[Row | None]) -> list[str]:
+    """Mean latent errors on the pictures that all of them have, which are the first."""
+    number = min(len(row["errors"]) for row in rows if row)
+    return [significant(fmean(row["errors"][:number]), 2) if row else "" for row in rows]

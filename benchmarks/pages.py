@@ -230,6 +230,12 @@ def fill_performance(page: str) -> str:
     page = fill(page, "gpu parts", gpu_page.parts_table(read("sd15_h100.json")))
     manifests = {which: read(name) for which, name in MANIFESTS.items()}
     page = fill(page, "engines", engines_table(manifests))
+    page = fill(page, "calls on a CPU", precision_page.calls_table(read("precision_cpu.json")))
+    openvino = {
+        "default": read("cpu_openvino.json"),
+        "v1.5 shape": read("cpu_sd15_shape_openvino.json"),
+    }
+    page = fill(page, "openvino", precision_page.openvino_table(openvino))
     rows = read("precision_engines.json")["rows"]
     page = fill(page, "engines in 8 bits", precision_page.eight_bits_table(rows))
     return fill(
@@ -331,6 +337,7 @@ def fill_pipelines(page: str) -> str:
 def fill_study(page: str) -> str:
     """docs/study.md with its tables."""
     page = study_page.fill_page(page, read("study.json"), read("shared.json")["rows"])
+    page = fill(page, "fitted blends", fit_page.features_table(read("fit_features.json")["rows"]))
     return fit_page.fill_page(page, read("fit.json"))
 
 
