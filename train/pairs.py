@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from encache.errors import EncacheError
 from encache.files import check_writable, digest_of_lines, parse_json, read_lines, write_json
@@ -198,7 +197,7 @@ class Pairs:
         return latents[self._kept].float()
 
     def _draw_shards(
-        self, pipeline: EncachePipeline, shards: Sequence[int], batch_size: int, bar: tqdm
+        self, pipeline: EncachePipeline, shards: Sequence[int], batch_size: int, bar: Any
     ) -> Sequence[Tensor]:
         """Latents [SHARD, E, C, h, w] of each shard."""
         pairs = [index for shard in shards for index in range(shard * SHARD, (shard + 1) * SHARD)]
