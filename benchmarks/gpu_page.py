@@ -5,6 +5,7 @@ from typing import Any
 
 from study_page import Row, markdown
 
+from encache.contract.library import TORCH_BACKENDS
 from encache.evaluate.headline import significant
 
 #: What wrote the result.
@@ -22,8 +23,6 @@ WAYS = {
     "cut none, stride 10": "output cache, stride 10",
     "5 steps": "plain sampler, 5 steps",
 }
-#: Their backends here, as torch runs them and through torch.compile.
-OURS = ("torch", "torch.compile")
 
 
 def gpu_table(report: Mapping[str, Any]) -> str:
@@ -32,10 +31,10 @@ def gpu_table(report: Mapping[str, Any]) -> str:
     cells = [
         (backend if sampling == "50 steps" else f"{backend}, {sampling}", *_time(row), "", "")
         for (backend, sampling), row in rows.items()
-        if backend not in OURS
+        if backend not in TORCH_BACKENDS
     ]
     for sampling, way in WAYS.items():
-        eager, compiled = (_time(rows[backend, sampling]) for backend in OURS)
+        eager, compiled = (_time(rows[backend, sampling]) for backend in TORCH_BACKENDS)
         cells.append((f"encache, {way}", *eager, *compiled))
     heads = ["way to sample", "ms a picture", "speed", "ms, torch.compile", "speed"]
     return markdown(heads, cells)
@@ -45,7 +44,10 @@ def parts_table(report: Mapping[str, Any]) -> str:
     """Where a picture's time goes, and how near the UNet's arithmetic comes to the GPU's."""
     cells = []
     for row in report["rows"]:
-        if row["backend"] in OURS and row["sampling"] in ("50 steps", "cut none, stride 10"):
+        if row["backend"] in TORCH_BACKENDS and row["sampling"] in (
+            "50 steps",
+            "cut none, stride 10",
+        ):
             texts, codec = (row["parts"][name] for name in ("texts", "codec"))
             tflops = row["gflop"] / (row["seconds"] - texts - codec) / 1e3
             cells.append(

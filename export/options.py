@@ -66,12 +66,12 @@ class ModelOptions:
         return find_checkpoint(
             named,
             self.base,
-            self.loras,
-            self.vae,
-            self.variant,
-            self.tome,
-            hosted,
-            self.concepts,
+            loras=self.loras,
+            concepts=self.concepts,
+            vae=self.vae,
+            variant=self.variant,
+            tome=self.tome,
+            hosted=hosted,
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from encache.contract.dtypes import tensor_dtype
 from encache.errors import EncacheError
 from encache.model.spec import ImageSpec
-from encache.runtime.compiling import compiled as through_compiler
+from encache.runtime.compiling import through_compiler
 from encache.runtime.engines import Graph, run_graph
 from encache.runtime.memory import explaining_want_of_memory
 
@@ -34,11 +34,14 @@ class TorchCodec:
     def __init__(self, vae: Any, *, upcast: bool = False, compiled: bool = False) -> None:
         narrow = upcast and vae.dtype == torch.float16
         self._vae = copy.deepcopy(vae).float() if narrow else vae
-        self._decode = through_compiler(self._vae.decode) if compiled else self._vae.decode
+        self._run = through_compiler(self._decode) if compiled else self._decode
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        return self._decode(latents.to(self._vae.dtype)).sample
+        return self._run(latents.to(self._vae.dtype))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._vae.decode(latents).sample
 
 
 class GraphCodec:

@@ -9,7 +9,7 @@ from torch._dynamo.exc import TorchDynamoException
 from encache.errors import EngineError
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def through_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function through torch.compile, which compiles it when it first runs.
 
     Raises:

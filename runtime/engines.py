@@ -15,7 +15,7 @@ from encache.contract.target import Target
 from encache.model.backbone import Conditions, backbone_of
 from encache.model.spec import NO_CUT, Cut, GraphSpec, TensorSpec
 from encache.model.split import Halves
-from encache.runtime.compiling import compiled as through_compiler
+from encache.runtime.compiling import through_compiler
 
 
 class Engines(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from encache.errors import EncacheError
 from encache.model.text import TOKENIZING, tokenize
 from encache.model.text_encoder import TextEncoder
-from encache.runtime.compiling import compiled as through_compiler
+from encache.runtime.compiling import through_compiler
 from encache.runtime.engines import Graph, run_graph
 
 logger = logging.getLogger(__name__)

@@ -211,14 +211,13 @@ class Pairs:
     def _draw(self, pipeline: EncachePipeline, pairs: Sequence[int]) -> Tensor:
         """Latents [n, E, C, h, w] of some pairs, after each of the stored calls."""
         prompts, noise = zip(*map(self.teacher.question, pairs), strict=True)
-        *between, last = self._stored_calls
         kept: dict[int, Tensor] = {}
 
         def keep(_: Any, call: int, __: Any, tensors: dict[str, Tensor]) -> None:
-            if call + 1 in between:
+            if call + 1 in self._stored_calls:
                 kept[call + 1] = tensors["latents"].cpu()
 
-        kept[last] = pipeline(
+        pipeline(
             list(prompts),
             latents=torch.stack(noise),
             num_inference_steps=self.teacher.steps,
@@ -226,9 +225,8 @@ class Pairs:
             stride=self.teacher.stride,
             blend="interpolate" if self.teacher.stride > 1 else "reuse",
             output_type="latent",
-            # Not where the last latents are enough: a CUDA graph cannot call back.
-            callback_on_step_end=keep if between else None,
-        ).images.cpu()
+            callback_on_step_end=keep,
+        )
         return torch.stack([kept[call] for call in self._stored_calls], 1)
 
     def _path(self, shard: int) -> Path:

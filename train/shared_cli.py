@@ -54,9 +54,7 @@ class _TeacherOptions:
         "docs/study.md).",
     )
     teacher_batch_size: int = option(
-        type=click.IntRange(1),
-        default=8,
-        help="Teacher's pictures at once; also what a stop loses.",
+        type=click.IntRange(1), default=8, help="Teacher's pictures at once."
     )
     teacher_backend: str = option(
         type=click.Choice(("torch", "onnxruntime")),
