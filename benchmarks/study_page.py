@@ -311,8 +311,8 @@ def draw_buys(shared: Sequence[Row], answers: Mapping[str, Sequence[Row]], path:
 
 
 def _buyer(row: Row) -> str | None:
-    """Whose line in `draw_buys` a row is on; trials of a few steps are on none."""
-    if row["checkpoint"].startswith("short"):
+    """Whose line in `draw_buys` a row is on; on none are trials, and what was trained further."""
+    if row["checkpoint"].startswith("short") or row["checkpoint"] == "one run":
         return None
     if row["checkpoint"] != "shipped":
         return "pictures right (trained for the plan)"
