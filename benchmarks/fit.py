@@ -23,6 +23,7 @@ from encache.evaluate.machine import describe_machine
 from encache.evaluate.real import Real, read_real
 from encache.evaluate.refine import Refinement, differentiable_model
 from encache.evaluate.rows import make_row, plain_at_equal_arithmetic
+from encache.evaluate.rules import RULES, plan_of_weights
 from encache.evaluate.sampling import Backend, Evaluation, Model
 from encache.evaluate.search import Search, search_key_calls
 from encache.evaluate.settings import Protocol, Setting, read_prompts
@@ -35,7 +36,6 @@ from encache.runtime.key_calls import paper_key_calls
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import Branches, Plan
 from encache.runtime.planfile import FittedPlan, Measured, write_plans
-from encache.runtime.rules import RULES, plan_of_weights
 from encache.runtime.schedulers import make_scheduler
 from encache.runtime.solver import count_calls
 from encache.train.emoji import STYLES
@@ -53,8 +53,8 @@ class Sampler:
         solver: by name; "" for the model's own.
         steps: of the full sampler.
         budgets: numbers of evaluations.
-        few: plans of so few evaluations are refined by gradients, and their key calls searched; for
-            more of them least squares and even key calls leave little.
+        few: the key calls of plans with so few evaluations are searched; for more of them even ones
+            leave little.
     """
 
     solver: str
@@ -66,6 +66,8 @@ class Sampler:
 OWN, OTHER = Sampler("", 50, (17, 13, 10, 5, 3), 5), Sampler("dpmsolver++", 20, (10, 7, 4), 10)
 #: From how many pictures the same plan is fitted.
 FEWER = (16, 32, 64, 128)
+#: Evaluations of the plan that is drawn otherwise than it was fitted.
+TRANSFERRED = 13
 SEARCHES = Search(generations=6)
 #: How many of the unconditional runs are kept: one in so many.
 UNCONDITIONAL = (2, 3)
@@ -180,8 +182,7 @@ def plans(study: Study) -> Iterator[Row]:
         yield study.row("plain", replace(study.full, steps=budget))
         yield study.row("rule", study.rule(keys))
         yield study.row("least squares", study.squares(keys))
-        if budget <= study.sampler.few:
-            yield study.row("gradients", study.refined(keys))
+        yield study.row("gradients", study.refined(keys))
 
 
 def rules(study: Study) -> Iterator[Row]:
@@ -207,17 +208,23 @@ def searched(study: Study) -> Iterator[Row]:
 def rows(study: Study) -> Iterator[Row]:
     """Guidance at fewer calls: more evaluations in as many rows."""
     for budget in study.budgets:
-        for every in UNCONDITIONAL:
-            # every * c evaluations in (every + 1) * c rows
-            number = min(2 * budget * every // (every + 1), study.num_calls)
-            keys = spread_key_calls(number, study.num_calls)
-            sparse = tuple(_branches(index % every == 0) for index in range(number))
-            early = tuple(_branches(index < 2 * budget - number) for index in range(number))
-            for name, branches in ((f"one in {every}", sparse), ("the first", early)):
-                wanted = Wanted(keys, branches)
-                yield study.row(f"guided {name}, rule", study.by(study.fitter.rule(wanted)))
-                fitted = study.fitter.fit_squares(wanted)
-                yield study.row(f"guided {name}, least squares", study.by(fitted))
+        for where, guided in _guided(budget, study.num_calls).items():
+            branches = tuple(_branches(one) for one in guided)
+            wanted = Wanted(spread_key_calls(len(guided), study.num_calls), branches)
+            fitted = study.fitter.fit_squares(wanted)
+            yield study.row(f"{where}, rule", study.by(study.fitter.rule(wanted)))
+            yield study.row(f"{where}, least squares", study.by(fitted))
+
+
+def _guided(budget: int, num_calls: int) -> dict[str, list[bool]]:
+    """Which evaluations are guided, where not all are, in as many rows as a budget of them."""
+    found = {"all but the last two": [True] * (budget - 1) + [False] * 2}
+    for every in UNCONDITIONAL:
+        # every * c evaluations in (every + 1) * c rows
+        number = min(2 * budget * every // (every + 1), num_calls)
+        found[f"one in {every}"] = [index % every == 0 for index in range(number)]
+        found[f"the first of {every}"] = [index < 2 * budget - number for index in range(number)]
+    return found
 
 
 def _branches(guided: bool) -> Branches:
@@ -226,11 +233,11 @@ def _branches(guided: bool) -> Branches:
 
 def transfer(study: Study) -> Iterator[Row]:
     """What was fitted on plain names at the model's own guidance and size, drawn otherwise."""
-    keys = spread_key_calls(10, study.num_calls)
+    keys = spread_key_calls(TRANSFERRED, study.num_calls)
     settings = {
-        "plain": replace(study.full, steps=10),
+        "plain": replace(study.full, steps=TRANSFERRED),
         "rule": study.rule(keys),
-        "least squares": study.squares(keys),
+        "gradients": study.refined(keys),
     }
     protocol = study.evaluation.protocol
     names = [f"{STYLES[0].word} {name}" for name in protocol.prompts]
@@ -273,8 +280,7 @@ def ship(study: Study, path: Path) -> None:
     shipped = []
     for budget in study.budgets:
         spread = spread_key_calls(budget, study.num_calls)
-        fit = study.refined if budget <= study.sampler.few else study.squares
-        candidates = [fit(keys).fitted for keys in {spread, moved.get(budget, spread)}]
+        candidates = [study.refined(keys).fitted for keys in {spread, moved.get(budget, spread)}]
         best = min(filter(None, candidates), key=study.fitter.validation_error)
         row, rule = study.row("", study.by(best)), study.row("", study.rule(best.key_calls))
         error = row["latent_error"]
@@ -298,7 +304,7 @@ def main() -> None:
     parser.add_argument("--sampler", action="append", choices=("ddim", "dpmsolver++"), default=[])
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--num-held-out", type=int, default=512)
-    parser.add_argument("--refine-steps", type=int, default=160)
+    parser.add_argument("--refine-steps", type=int, default=80)
     parser.add_argument("--store", type=Path, default=FOLDER / "store")
     parser.add_argument("--engine-dir", type=Path, default=FOLDER / "engines")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/fit.json"))

@@ -1,7 +1,7 @@
 """The tables of fitted plans in docs/study.md; `python benchmarks/pages.py` writes them."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from study_page import Row, fill, interval, markdown, number
@@ -34,14 +34,15 @@ def fill_page(page: str, fit: Mapping[str, Any]) -> str:
 
 def plans_table(rows: Sequence[Row]) -> str:
     """Every way at every number of evaluations, by falling cost."""
-    heads = ["runs", "way", "rows", "latent error", "times plain", "PSNR", "perceptual"]
-    heads += ["Frechet to full", "Frechet to real"]
+    heads = ["runs", "way", "rows", "latent error", "its median", "times plain", "PSNR"]
+    heads += ["perceptual", "Frechet to full", "Frechet to real"]
     cells = [
         (
             str(row["encoder_runs"]),
             row["name"],
             str(row["rows"]),
             interval(row["latent_error"]),
+            significant(median(row["errors"]), 2) if row["latent_error"] else "",
             "" if row["name"] == "plain" else interval(row["times_plain"]),
             f"{row['psnr']['mean']:.1f}" if row["psnr"] else "",
             number(row["perceptual"]["mean"]) if row["perceptual"] else "",
@@ -68,22 +69,19 @@ def rules_table(parts: Mapping[str, Sequence[Row]]) -> str:
 
 
 def branches_table(parts: Mapping[str, Sequence[Row]]) -> str:
-    """Plans of equal rows that leave guidance out at some of their runs."""
+    """Plans of equal rows that leave guidance out at some of their runs, which buys more runs."""
     cells = []
     for solver in SOLVERS:
-        every = [row for row in parts[f"{solver} plans"] if row["name"] == "least squares"]
-        for row in sorted(every, key=lambda row: -row["rows"]):
-            sparse = {
-                one["name"]: one
-                for one in parts.get(f"{solver} rows", [])
-                if one["name"].endswith("least squares") and one["rows"] == row["rows"]
-            }
-            if not sparse:
-                continue
-            names = [f"guided {where}, least squares" for where in WHERE]
-            errors = _errors([row, *(sparse.get(name) for name in names)])
-            cells.append((solver, str(row["rows"]), *errors))
-    return markdown(["solver", "rows", "guided at every run", *WHERE], cells)
+        found = parts.get(f"{solver} rows", [])
+        # a budget's plans stand together, in this order
+        fitted = iter([row for row in found if row["name"].endswith("least squares")])
+        whole = [row for row in parts[f"{solver} plans"] if row["name"] == "least squares"]
+        for row, *sparse in zip(whole, *[fitted] * len(WHERE), strict=False):
+            errors = _errors([row, *sparse])
+            runs = [one["encoder_runs"] for one in (row, *sparse)]
+            pairs = [f"{error} ({number})" for error, number in zip(errors, runs, strict=True)]
+            cells.append((solver, str(row["rows"]), *pairs))
+    return markdown(["solver", "rows", "every", *WHERE.values()], cells)
 
 
 def transfer_table(rows: Sequence[Row]) -> str:
@@ -92,7 +90,7 @@ def transfer_table(rows: Sequence[Row]) -> str:
     cells = []
     for condition in conditions:
         found = {row["name"]: row for row in rows if row["condition"] == condition}
-        errors = [found[name]["latent_error"] for name in ("plain", "rule", "least squares")]
+        errors = [found[name]["latent_error"] for name in ("plain", "rule", "gradients")]
         gain = significant(errors[1]["mean"] / errors[2]["mean"])
         cells.append((condition, *map(interval, errors), f"{gain}x"))
     return markdown(["drawn with", "plain steps", "a line", "fitted", "line / fitted"], cells)

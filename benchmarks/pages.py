@@ -26,7 +26,7 @@ ROOT = HERE.parent
 #: What wrote each benchmark.
 COMMANDS = {
     "cpu.json": "encache-bench --ckpt model/emoji/shared.safetensors --guidance-scale 3 "
-    "--repeats 16 --json benchmarks/cpu.json",
+    "--plan model/emoji/plans.json --repeats 16 --json benchmarks/cpu.json",
     "cpu_sd15_shape.json": "encache-bench --sd15-shape --height 128 --width 128 --steps 10 "
     "--stride 5 --cut mid --cut none --backend onnxruntime --repeats 2 "
     "--json benchmarks/cpu_sd15_shape.json",
@@ -35,8 +35,10 @@ COMMANDS = {
 WAYS = {
     "50 steps": "full sampler, 50 calls",
     "cut up2, stride 5": "cut up2, stride 5",
+    "cut none, fitted plan of 13 runs": "fitted plan of 13 runs (the default)",
     "cut none, stride 3": "output cache, stride 3",
     "cut none, stride 5": "output cache, stride 5",
+    "cut none, fitted plan of 5 runs": "fitted plan of 5 runs",
     "cut none, stride 10": "output cache, stride 10",
     "trained for 1 of 4 calls": "one encoder run (`--fast`)",
 }

@@ -23,6 +23,8 @@ from encache.model.preset import UNSAID, Preset, parse_preset
 from encache.model.spec import Cut, GraphSpec, ImageSpec, TensorSpec
 
 MANIFEST = "manifest.json"
+#: Fitted plans of a model, in its folder or in an engine folder.
+PLANS = "plans.json"
 #: What a part's folder holds: a graph with its weights beside it, or a compiled engine.
 ONNX, ONNX_WEIGHTS, ENGINE = "model.onnx", "model.onnx.data", "model.engine"
 #: Raised when graphs or manifests of an older encache no longer fit its runtime.

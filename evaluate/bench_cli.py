@@ -96,6 +96,8 @@ def main(
     if bench.sd15_shape:
         for name in typed_options(names_of(ModelOptions)):
             raise click.UsageError(f"--sd15-shape is a model of its own: leave out {name}.")
+    if bench.plan_files and NO_CUT not in bench.cuts:
+        raise click.UsageError("--plan caches the output: add --cut none.")
     size.check()
 
     import torch
@@ -180,6 +182,8 @@ class _Session:
             bench.plan_files, checkpoint.fingerprint, pipeline.scheduler, bench.steps, scale
         ):
             name = f"fitted plan of {fitted.num_evaluations} runs"
+            if policies.get(name, Policy(plan=fitted)) != Policy(plan=fitted):
+                name += f" {fitted.hash()[:6]}"
             policies[name] = Policy(plan=fitted)
         task = Task(PROMPTS, bench.steps, scale, size.height, size.width, policies)
         return cls(checkpoint, trained, bench, size, engine_dir, device, dtype, pipeline, task)

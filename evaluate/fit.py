@@ -278,9 +278,16 @@ def run_plan(plan: Plan, batch: Batch, denoise: Denoise) -> Tensor:
 
 def errors_of(plan: Plan, batches: Sequence[Batch], denoise: Denoise) -> Tensor:
     """||x - x*||^2 / ||x*||^2 of every picture [n]."""
-    errors = []
-    for batch in batches:
-        wanted = batch.wanted()[-1].flatten(1)
-        drawn = run_plan(plan, batch, denoise).flatten(1)
-        errors.append((drawn - wanted).square().sum(1) / wanted.square().sum(1))
+    errors = [relative_errors(run_plan(plan, batch, denoise), batch) for batch in batches]
     return torch.cat(errors).cpu()
+
+
+def relative_errors(latents: Tensor, batch: Batch) -> Tensor:
+    """The same of latents [n, C, h, w] that stand for a batch's; with gradients."""
+    wanted = batch.wanted()[-1].flatten(1)
+    return (latents.flatten(1) - wanted).square().sum(1) / wanted.square().sum(1)
+
+
+def typical_error(plan: Plan, batches: Sequence[Batch], denoise: Denoise) -> float:
+    """The geometric mean of these errors, which the few pictures that go astray do not decide."""
+    return float(errors_of(plan, batches, denoise).log().mean().exp())

@@ -18,7 +18,8 @@ from encache.progress import progress
 from encache.runtime.options import KeyCalls, SolverOptions, parse_key_calls
 
 if TYPE_CHECKING:
-    from encache.evaluate.fitting import Fitter
+    from encache.evaluate.fitting import Find
+    from encache.evaluate.store import Store
     from encache.evaluate.trajectories import Trajectories
     from encache.runtime.planfile import FittedPlan
 
@@ -58,7 +59,7 @@ class _FitOptions:
         help="One prompt per line, or COCO's captions (.json). Default: the shipped model's own. "
         "Every fourth one is held out.",
     )
-    num_images: int = option(type=click.IntRange(8), default=256, help="Pictures to fit on.")
+    num_images: int = option(type=click.IntRange(16), default=256, help="Pictures to fit on.")
     num_held_out: int = option(type=click.IntRange(2), default=64, help="Pictures to measure on.")
     refine_steps: int = option(
         type=click.IntRange(0), default=80, help="Steps of gradient descent; 0 does without."
@@ -105,18 +106,24 @@ def main(
     """
     for name in typed_options({"runs", "search"}) if plans.key_calls else ():
         raise click.UsageError(f"{name} means nothing beside --key-calls.")
+    if fitting.backend == "torch" and [*typed_options({"engine_dir"})]:
+        raise click.UsageError("--engine-dir means nothing with --backend torch.")
     checkpoint = model.find()
     prompts = _read_prompts(fitting.prompts, checkpoint)
 
     from encache.evaluate.fitting import Fitter, apart
     from encache.evaluate.refine import Refinement, differentiable_model
+    from encache.evaluate.store import Store
     from encache.evaluate.trajectories import split_prompts
     from encache.files import check_new
     from encache.runtime.planfile import write_plans
 
     check_new(output)
-    trajectories = _open(checkpoint, sampling, fitting, place.engine_dir)
-    scale = trajectories.settings.guidance_scale
+    store = Store(fitting.store)
+    trajectories = _open(checkpoint, sampling, fitting.backend, store, place.engine_dir)
+    scale, num_calls = trajectories.settings.guidance_scale, trajectories.num_calls
+    listed = _key_calls(plans, num_calls)
+    find = _search(plans.search, num_calls, [len(keys) for keys in listed])
     pictures, held_out = split_prompts(prompts, fitting.num_images, fitting.num_held_out)
     trajectories.draw_missing(pictures, held_out)
     fitter = Fitter(
@@ -127,7 +134,9 @@ def main(
         lambda: differentiable_model(checkpoint, scale, trajectories.pipeline.device),
     )
     found = []
-    for keys in _key_calls(fitter, plans):
+    if find:
+        listed = fitter.search([len(keys) for keys in listed], find)
+    for keys in listed:
         wanted = apart(keys, scale)
         found.append(fitter.measure(fitter.fit(wanted), wanted))
         click.echo(_describe(found[-1]), err=True)
@@ -144,10 +153,13 @@ def _read_prompts(path: Path | None, checkpoint: Checkpoint) -> Sequence[str]:
 
 
 def _open(
-    checkpoint: Checkpoint, sampling: SolverOptions, fitting: _FitOptions, engine_dir: Path
+    checkpoint: Checkpoint,
+    sampling: SolverOptions,
+    backend: str,
+    store: "Store",
+    engine_dir: Path,
 ) -> "Trajectories":
     """The model, its solver, and the store of its trajectories."""
-    from encache.evaluate.store import Store
     from encache.evaluate.trajectories import Trajectories
     from encache.runtime.pipeline import EncachePipeline
     from encache.runtime.schedulers import make_scheduler
@@ -156,7 +168,7 @@ def _open(
     pipeline = EncachePipeline.from_checkpoint(
         checkpoint,
         cut=NO_CUT,
-        backend=fitting.backend,
+        backend=backend,
         engine_dir=engine_dir,
         report=lambda line: click.echo(line, err=True),
     )
@@ -170,35 +182,39 @@ def _open(
         checkpoint.fingerprint,
         settings.steps,
         settings.guidance_scale,
-        Store(fitting.store),
+        store,
     )
 
 
-def _key_calls(fitter: "Fitter", plans: _PlanOptions) -> list[tuple[int, ...]]:
-    """Where the denoiser runs in each of the plans."""
+def _key_calls(plans: _PlanOptions, num_calls: int) -> list[tuple[int, ...]]:
+    """Where the denoiser runs in each of the plans, before a search moves it."""
     from encache.evaluate.fitting import spread_key_calls
     from encache.runtime.key_calls import listed_key_calls
 
-    num_calls = fitter.num_calls
     if plans.key_calls:
         return [listed_key_calls(plans.key_calls, num_calls)]
     budgets = sorted({*plans.runs}) or [min(_DEFAULT_RUNS, num_calls)]
     for budget in budgets:
         if budget > num_calls:
             raise PlanError(f"A plan runs between 1 and {num_calls} calls, not {budget}.")
-    if not plans.search:
-        return [spread_key_calls(budget, num_calls) for budget in budgets]
+    return [spread_key_calls(budget, num_calls) for budget in budgets]
+
+
+def _search(generations: int, num_calls: int, budgets: Sequence[int]) -> "Find | None":
+    """What finds better key calls, if that is asked for."""
+    if not generations:
+        return None
     try:
         from encache.evaluate.search import Search, search_key_calls
     except ImportError as error:
         raise EncacheError('--search needs pymoo: pip install "encache[fit]".') from error
-    search = Search(generations=plans.search)
-    with progress(total=search.candidates, desc="key calls") as bar:
+    search = Search(generations=generations)
 
-        def find(error_of: Callable[[tuple[int, ...]], float]) -> dict[int, tuple[int, ...]]:
+    def find(error_of: Callable[[tuple[int, ...]], float]) -> dict[int, tuple[int, ...]]:
+        with progress(total=search.candidates, desc="key calls") as bar:
             return search_key_calls(num_calls, budgets, error_of, search, bar.update)
 
-        return fitter.search(budgets, find)
+    return find
 
 
 def _describe(found: "FittedPlan") -> str:

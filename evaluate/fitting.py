@@ -16,9 +16,9 @@ from encache.evaluate.fit import (
     Batch,
     Denoise,
     denoiser,
-    errors_of,
     fit_weights,
     run_plan,
+    typical_error,
     widen,
 )
 from encache.evaluate.refine import Refinement, refine
@@ -31,7 +31,6 @@ from encache.runtime.plan import Branches, Plan, make_plan
 from encache.runtime.planfile import FittedOn, FittedPlan, Measured, parse_plan
 from encache.runtime.schedulers import full_config
 from encache.runtime.settings import Policy
-from encache.runtime.solver import count_calls
 
 #: One picture in so many is not fitted on: it decides between the rule, the fit, the refined fit.
 VALIDATION = 4
@@ -60,7 +59,7 @@ class Fitter:
 
     Args:
         trajectories: of the full sampler.
-        pictures: to fit on.
+        pictures: to fit on, 16 or more.
         held_out: to measure on.
         refinement: None does without gradients.
         gradients: makes the denoiser in PyTorch, when it is first needed.
@@ -96,9 +95,8 @@ class Fitter:
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """To fit on, and for validation."""
         batches = [self.trajectories.batch(self.pictures, one) for one in self.pictures.batches]
-        validation = batches[::VALIDATION] if len(batches) > 1 else batches
         fitted = [one for index, one in enumerate(batches) if index % VALIDATION]
-        return fitted or batches, validation
+        return fitted, batches[::VALIDATION]
 
     @cached_property
     def fitted_on(self) -> FittedOn:
@@ -112,12 +110,6 @@ class Fitter:
             prompts=digest_of_lines(self.pictures.prompts),
             num_pictures=self.pictures.number,
         )
-
-    @property
-    def num_calls(self) -> int:
-        """Of the full sampler."""
-        trajectories = self.trajectories
-        return count_calls(trajectories.pipeline.scheduler, trajectories.settings.steps)
 
     def rule(self, wanted: Wanted) -> Plan:
         """The rule that a fit starts from, over the wanted history."""
@@ -145,14 +137,12 @@ class Fitter:
         return min(candidates, key=self.validation_error)
 
     def validation_error(self, plan: Plan) -> float:
-        """Mean relative squared error on the validation pictures."""
+        """`typical_error` on the validation pictures."""
         _, validation = self._batches
-        return float(errors_of(plan, validation, self.denoise).mean())
+        return typical_error(plan, validation, self.denoise)
 
     def fitted_error(self, wanted: Wanted, few: bool = False) -> float:
         """What a search looks at: how far a fit that is not refined is off on validation pictures.
-
-        It is the geometric mean, which the few pictures that go astray do not decide.
 
         Args:
             wanted: what is fitted.
@@ -164,8 +154,7 @@ class Fitter:
 
         def make() -> Arrays:
             fitted = fit_weights(rule, batches, self.denoise)
-            errors = errors_of(fitted, validation, self.denoise)
-            return {"error": errors.log().mean().exp().numpy()}
+            return {"error": np.array(typical_error(fitted, validation, self.denoise))}
 
         return float(self.trajectories.store.get(described, make)["error"])
 
@@ -180,7 +169,7 @@ class Fitter:
         found = find(lambda keys: self.fitted_error(apart(keys, scale), few=True))
         chosen = []
         for budget in budgets:
-            choices = (spread_key_calls(budget, self.num_calls), found[budget])
+            choices = (spread_key_calls(budget, self.trajectories.num_calls), found[budget])
             chosen.append(min(choices, key=lambda keys: self.fitted_error(apart(keys, scale))))
         return chosen
 
@@ -209,13 +198,14 @@ class Fitter:
 
     def _refine(self, plan: Plan, settings: Refinement) -> Plan:
         described = {"refined": plan.hash(), **asdict(settings), **self._described}
+        last = self.trajectories.pipeline.scheduler.config.num_train_timesteps - 1
 
         def keep(step: int, make: Callable[[], Arrays]) -> Arrays:
             return self.trajectories.store.get({**described, "step": step}, make)
 
         with progress(total=settings.steps, desc="gradients") as bar:
             return refine(
-                plan, *self._batches, self.denoise, self.gradients, settings, keep, bar.update
+                plan, *self._batches, self.denoise, self.gradients, settings, last, keep, bar.update
             )
 
     def compare(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:

@@ -2,13 +2,15 @@
 
 A fit by segments asks every segment for the full sampler's latents. What matters is where the last
 one ends, and a plan is a differentiable function of its coefficients and of the timesteps that the
-denoiser is told. Both are moved by Adam (arXiv 1412.6980) on the relative squared error.
+denoiser is told. Both are moved by Adam (arXiv 1412.6980) on the mean of log(e_i + m), where e_i is
+the relative squared error of a picture and m the median that the plan starts with. So pictures that
+go astray pull by the same weights as in the fit by segments, 1 / (1 + e_i / m).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import cos, pi
+from math import cos, pi, sqrt
 
 import numpy as np
 import torch
@@ -19,10 +21,11 @@ from encache.evaluate.fit import (
     Batch,
     Denoise,
     combine,
-    errors_of,
     evaluations_of,
     input_scales,
+    relative_errors,
     run_plan,
+    typical_error,
     with_samples,
 )
 from encache.model.backbone import Backbone, Conditions, backbone_of
@@ -38,6 +41,8 @@ State = Mapping[str, np.ndarray]
 _MOMENTA = (0.9, 0.95)
 #: Least variance of a direction of change, as a share of all directions' mean.
 _LEAST = 1e-5
+#: Relative squared error below which there is nothing to refine.
+_EXACT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,14 @@ class Refinement:
     Attributes:
         steps: of gradient descent, each on one batch of pictures.
         kept: steps between two looks at the validation pictures, and the most that a stop loses.
-        rate: about how far a number moves in a step, in the units of `Freedom`; it falls to zero as
-            a cosine.
+        rate: about how far a number moves in a step, in the units of `Freedom`, as a share of
+            sqrt(m); it falls to zero as a cosine.
         timestep_unit: training timesteps that count as one unit.
     """
 
     steps: int = 80
     kept: int = 10
-    rate: float = 0.01
+    rate: float = 0.04
     timestep_unit: float = 500.0
 
 
@@ -92,13 +97,14 @@ class Freedom:
         plan: what is refined.
         histories: what it fills on some pictures, columns [n, C, h, w] each.
         timestep_unit: see `Refinement`.
+        last: the greatest training timestep, which the denoiser knows.
     """
 
     def __init__(
-        self, plan: Plan, histories: Sequence[Sequence[Tensor]], timestep_unit: float
+        self, plan: Plan, histories: Sequence[Sequence[Tensor]], timestep_unit: float, last: float
     ) -> None:
         self.plan = plan
-        self._unit = timestep_unit
+        self._unit, self._last = timestep_unit, last
         self._steps = evaluations_of(plan)
         self._scales = input_scales(plan)
         self._stops = [*plan.key_calls[1:], plan.num_calls]
@@ -122,7 +128,7 @@ class Freedom:
     def timesteps(self, numbers: Tensor) -> Tensor:
         """What the denoiser is told at each evaluation [E]."""
         told = numbers.new_tensor([step.timestep for step in self._steps])
-        return (told + self._unit * numbers.split(self._sizes)[-1]).clamp(min=0)
+        return (told + self._unit * numbers.split(self._sizes)[-1]).clamp(0, self._last)
 
     def sample(self, numbers: Tensor, batch: Batch, denoise: Denoise) -> Tensor:
         """Latents [n, C, h, w] that the plan makes with these numbers, with gradients."""
@@ -162,6 +168,7 @@ def refine(
     denoise: Denoise,
     gradients: Denoise,
     settings: Refinement,
+    last: float,
     keep: Callable[[int, Callable[[], State]], State] = lambda step, make: make(),
     on_step: Callable[[], None] = lambda: None,
 ) -> Plan:
@@ -174,55 +181,60 @@ def refine(
         denoise: the model, as fast as there is.
         gradients: the same, differentiable.
         settings: see `Refinement`.
+        last: the greatest training timestep.
         keep: asked for the state at a step, and for how to make it; may remember earlier runs.
         on_step: called after each.
 
     Returns:
-        The plan with the least validation error.
+        The plan with the least `typical_error` of validation.
     """
-    histories = []
+    histories, errors = [], []
     for batch in batches:
-        run_plan(plan, batch, denoise)
+        errors.append(relative_errors(run_plan(plan, batch, denoise), batch))
         histories.append(list(batch.history))
-    freedom = Freedom(plan, histories, settings.timestep_unit)
+    median = float(torch.cat(errors).median().clamp(min=_EXACT))
+    freedom = Freedom(plan, histories, settings.timestep_unit, last)
     state: State = {name: np.zeros(len(freedom)) for name in ("numbers", "mean", "square")}
-    best = plan, float(errors_of(plan, validation, denoise).mean())
+    best = plan, typical_error(plan, validation, denoise)
     for start in range(0, settings.steps, settings.kept):
         steps = range(start, min(start + settings.kept, settings.steps))
 
         def advance(state: State = state, steps: range = steps) -> State:
             for step in steps:
                 batch = batches[step % len(batches)]
-                state = _adam(state, _gradient(freedom, state, batch, gradients), step, settings)
+                gradient = _gradient(freedom, state, batch, gradients, median)
+                state = _adam(state, gradient, step, settings, sqrt(median))
                 on_step()
             return state
 
         state = keep(steps.stop, advance)
         refined = freedom.freeze(torch.from_numpy(state["numbers"]))
-        error = float(errors_of(refined, validation, denoise).mean())
+        error = typical_error(refined, validation, denoise)
         if error < best[1]:
             best = refined, error
     return best[0]
 
 
-def _gradient(freedom: Freedom, state: State, batch: Batch, denoise: Denoise) -> np.ndarray:
-    """Of the mean relative squared error of a batch's pictures."""
+def _gradient(
+    freedom: Freedom, state: State, batch: Batch, denoise: Denoise, median: float
+) -> np.ndarray:
+    """Of what a batch's pictures are to lower."""
     numbers = torch.from_numpy(state["numbers"]).to(batch.noise).requires_grad_()
-    wanted = batch.wanted()[-1].flatten(1)
-    drawn = freedom.sample(numbers, batch, denoise).flatten(1)
-    error = (drawn - wanted).square().sum(1) / wanted.square().sum(1)
-    [gradient] = torch.autograd.grad(error.mean(), numbers)
+    errors = relative_errors(freedom.sample(numbers, batch, denoise), batch)
+    [gradient] = torch.autograd.grad((errors + median).log().mean(), numbers)
     return gradient.double().cpu().numpy()
 
 
-def _adam(state: State, gradient: np.ndarray, step: int, settings: Refinement) -> State:
+def _adam(
+    state: State, gradient: np.ndarray, step: int, settings: Refinement, unit: float
+) -> State:
     """One step of Adam, with a rate that falls as a cosine."""
     slow, slower = _MOMENTA
     mean = slow * state["mean"] + (1 - slow) * gradient
     square = slower * state["square"] + (1 - slower) * gradient**2
     unbiased = mean / (1 - slow ** (step + 1))
     size = np.sqrt(square / (1 - slower ** (step + 1))) + 1e-12
-    rate = settings.rate * (1 + cos(pi * step / settings.steps)) / 2
+    rate = settings.rate * unit * (1 + cos(pi * step / settings.steps)) / 2
     return {
         "numbers": state["numbers"] - rate * unbiased / size,
         "mean": mean,

@@ -25,6 +25,7 @@ from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
 from encache.runtime.schedulers import full_config
 from encache.runtime.settings import FULL, Settings
+from encache.runtime.solver import count_calls
 
 #: Pictures drawn together, and the most that a stop loses.
 BATCH_SIZE = 8
@@ -92,6 +93,11 @@ class Trajectories:
         self.fingerprint = fingerprint
         self.settings = Settings(steps, guidance_scale, FULL)
         self.store = store
+
+    @property
+    def num_calls(self) -> int:
+        """Of the full sampler."""
+        return count_calls(self.pipeline.scheduler, self.settings.steps)
 
     def describe(self, pictures: Pictures, numbers: range) -> dict[str, Any]:
         """All that decides the latents of a batch."""

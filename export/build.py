@@ -23,6 +23,7 @@ from encache.contract.manifest import (
     MANIFEST,
     ONNX,
     ONNX_WEIGHTS,
+    PLANS,
     Identity,
     Manifest,
     identify,
@@ -169,6 +170,8 @@ def build_engines(request: Request, engine_dir: Path, report: Report = lambda li
         CheckpointError: the checkpoint cannot be used.
         OSError: the disk is full or not writable; nothing is left behind.
     """
+    if (engine_dir / MANIFEST).exists():
+        raise EngineError(f"{engine_dir} is one engine folder: give --engine-dir its parent.")
     if finished := find_engines(request, engine_dir):
         return finished
     engine_dir.mkdir(parents=True, exist_ok=True)
@@ -218,6 +221,9 @@ def _write_engines(request: Request, folder: Path, report: Report) -> None:
         empty_is_zero=exported.empty_is_zero,
         eight_bits=compiled.eight_bits,
     )
+    own = request.checkpoint.folder
+    if own and (own / PLANS).is_file():  # which may be exchanged: no file of the manifest
+        shutil.copyfile(own / PLANS, folder / PLANS)
     manifest.write(folder)
 
 

@@ -88,7 +88,10 @@ class Executor:
 
 def _explain_not_finite(text: Tensor, sampling: Sampling) -> str:
     """Where numbers that are not finite began, and what to try."""
-    remedy = "Try fp32, or a lower guidance scale; if both fail, the weights are damaged."
+    remedy = (
+        "Try fp32, or a lower guidance scale; if both fail, the weights or a fitted plan are "
+        "damaged."
+    )
     if not text.isfinite().all():
         return f"The text encoder gives numbers that are not finite. {remedy}"
     call = sampling.first_broken_call()

@@ -1,5 +1,6 @@
 """What a command is to draw with: an engine folder or a checkpoint, its settings and its plan."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 
 from encache.contract.dtypes import default_dtype
 from encache.contract.library import TENSORRT_BACKENDS, TORCH_BACKENDS
-from encache.contract.manifest import Manifest, read_manifest, refuse_denoiser_alone
+from encache.contract.manifest import PLANS, Manifest, read_manifest, refuse_denoiser_alone
 from encache.contract.target import DECODE_CALLS, Target, exactly, make_target, most_rows
 from encache.errors import CheckpointError
 from encache.export.options import EngineOptions, ModelOptions, SizeOptions, refuse_without_cut
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from encache.runtime.plan import Plan
     from encache.runtime.planfile import FittedPlan
     from encache.runtime.solver import Scheduler
-
-
-#: PSNR in dB to the full sampler's pictures that a plan must have to be the default: that of the
-#: default stride on the shipped model (docs/study.md).
-DEFAULT_QUALITY = 48.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,6 @@ class Opening:
     @property
     def own_plans(self) -> Path | None:
         """The file of fitted plans that lies with the model, if one does."""
-        from encache.runtime.planfile import PLANS
-
         folder = self.checkpoint.folder if self.checkpoint else self.engine_dir
         return folder / PLANS if folder and (folder / PLANS).is_file() else None
 
@@ -170,7 +164,6 @@ def resolve_run(
         batch_size: most pictures at once; where engines were compiled for fewer, these.
         max_decode_batch: most rows in one run of the decoder.
     """
-    from encache.model.loading import scheduler_from_config
     from encache.runtime.plan import make_plan
     from encache.runtime.schedulers import make_scheduler
 
@@ -178,9 +171,11 @@ def resolve_run(
     own_plans, model = opening.own_plans, opening.model
     fitted = sampling.fitted(own_plans) or _default_plan(own_plans, opening, sampling)
     preset = fitted.fitted_on.preset if fitted else model.preset
-    solver = scheduler_from_config(preset.scheduler) if fitted else opening.scheduler()
+    solver = opening.scheduler()
     if sampling.scheduler:
         solver = make_scheduler(sampling.scheduler, solver)
+    elif fitted:
+        solver = _solver_of(fitted, solver)
     scale = fitted.fitted_on.guidance_scale if fitted else model.guidance_scale
     settings = resolve(sampling.wished(opening.cut), preset, scale)
     if fitted:
@@ -227,11 +222,25 @@ def _resolve_key_calls(key_calls: KeyCalls, scheduler: "Scheduler", steps: int) 
     return listed_key_calls(key_calls, count_calls(scheduler, steps))
 
 
+def _solver_of(fitted: "FittedPlan", own: "Scheduler") -> "Scheduler":
+    """The solver that a plan was fitted with: the model's own, or one that --scheduler names.
+
+    Its file says which; what it says is not built, but compared with these.
+    """
+    from encache.runtime.schedulers import SCHEDULERS, full_config, make_scheduler
+
+    if not fitted.fitted_on.differences(full_config(own)):
+        return own
+    wanted = json.loads(fitted.fitted_on.scheduler).get("_class_name")
+    named = [name for name, (class_name, _) in SCHEDULERS.items() if class_name == wanted]
+    return make_scheduler(named[0], own) if named else own
+
+
 def _default_plan(
     own_plans: Path | None, opening: Opening, sampling: SamplingOptions
 ) -> "FittedPlan | None":
     """The cheapest of the model's own plans that is good, if nothing else is asked for."""
-    from encache.runtime.planfile import read_plans
+    from encache.runtime.planfile import DEFAULT_QUALITY, read_plans
 
     if own_plans is None or sampling.says_how or opening.cut != NO_CUT:
         return None

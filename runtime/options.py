@@ -84,8 +84,9 @@ class SamplingOptions(SolverOptions):
     plan_file: Path | None = option(
         "--plan",
         type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="Plans that encache-fit fitted to this model, in place of a stride and a blend. "
-        "Default: plans.json in the model's folder.",
+        help="Plans that encache-fit fitted to this model, in place of a stride and a blend: of "
+        "several the cheapest one of 48 dB, or the nearest. Default: plans.json in the model's "
+        "folder.",
     )
     quality: float | None = option(
         type=FiniteFloat(0), help="Of the plans the cheapest one with so many dB PSNR."

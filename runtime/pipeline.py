@@ -156,8 +156,8 @@ class EncachePipeline(HonestAttributes, FromPretrained):
             callback_on_step_end_tensor_inputs: only "latents" exists here.
             stride, key_calls, blend, prior_noise: the caching policy; see `make_plan`. By default
                 the model's own, or every third call and straight lines through the last two.
-            plan: fitted to this model, its solver and its steps, in place of all these; see
-                `encache.runtime.planfile`.
+            plan: fitted to this model, its solver, steps and guidance, in place of all these; see
+                `encache.runtime.planfile`, whose `check_fits` tells whether it is.
             max_decode_batch: most rows (calls x images x guidance) in one decoder run; where memory
                 runs short, runs are split further.
             of_xl: what diffusers' Stable Diffusion XL takes besides; see `XLArguments`.
@@ -191,8 +191,7 @@ class EncachePipeline(HonestAttributes, FromPretrained):
         )
         settings = resolve(wished, self.preset, self.default_guidance_scale)
         if plan:
-            if stride is not None or key_calls is not None:
-                raise EncacheError("Give a plan, or a stride or key calls, not both.")
+            _refuse_beside_plan(plan, wished, settings.rows)
             settings = replace(settings, policy=replace(settings.policy, plan=plan))
         if not (math.isfinite(settings.guidance_scale) and math.isfinite(guidance_rescale)):
             raise EncacheError("guidance_scale and guidance_rescale must be finite numbers.")
@@ -329,6 +328,15 @@ class _InterruptedError(Exception):
     def __init__(self, latents: Tensor) -> None:
         super().__init__()
         self.latents = latents
+
+
+def _refuse_beside_plan(plan: Plan, wished: Preset, rows: int) -> None:
+    """Raise EncacheError for what a fitted plan says already, or cannot be run with."""
+    for name in ("stride", "key_calls", "blend", "prior_noise"):
+        if getattr(wished, name) is not None:
+            raise EncacheError(f"Give a plan or {name}, not both: a plan says it all.")
+    if rows == 1 and plan.weighs_guidance:
+        raise EncacheError("The plan was fitted with guidance: give a guidance_scale above 1.")
 
 
 def _refuse_other_tensors(callback: Any, names: Sequence[str]) -> None:

@@ -107,6 +107,11 @@ class Plan:
         return sum(isinstance(step, Evaluate) for step in self.steps)
 
     @property
+    def weighs_guidance(self) -> bool:
+        """Whether it weighs the predictions with and without prompt itself."""
+        return any(getattr(step, "branches", "guided") != "guided" for step in self.steps)
+
+    @property
     def runs_one_branch(self) -> bool:
         """Whether an evaluation leaves guidance out, and so has fewer rows."""
         return any(getattr(step, "branches", "guided") == "conditional" for step in self.steps)

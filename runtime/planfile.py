@@ -1,7 +1,8 @@
 """Plans fitted to a model, in a file: their numbers, what they were fitted on, how good they are.
 
 A file holds a front: one plan or several of one model, with different costs. It may be anybody's:
-nothing in it is run but numbers, and every number is checked before it is used.
+nothing in it is run but numbers, which are checked before they are used, and what it says of a
+solver is only compared.
 """
 
 import json
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from encache.errors import PlanError
-from encache.files import parse_json, write_json
+from encache.files import parse_json, to_json, write_new
 from encache.model.preset import Preset
 from encache.model.spec import NO_CUT, rows_per_picture
 from encache.runtime.plan import Branches, Evaluate, Plan, Row
 from encache.runtime.solver import Columns
 
 SCHEMA = "encache plans 1"
-#: The plans of a model or of an engine folder, in its folder.
-PLANS = "plans.json"
+#: PSNR in dB to the full sampler's pictures that a plan must have to be the default: that of the
+#: default stride on the shipped model (docs/study.md).
+DEFAULT_QUALITY = 48.0
 #: More calls, columns or pictures than any plan has.
 _MOST = 10_000
 #: How far a run's guidance may be from the fitted one, as a share of it, before it is said.
@@ -58,12 +60,16 @@ class FittedOn:
     @property
     def preset(self) -> Preset:
         """How a run has to be sampled for such a plan, as weights say it that want to be."""
-        return Preset(
-            scheduler=json.loads(self.scheduler),
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            cut=NO_CUT,
-        )
+        return Preset(steps=self.steps, guidance_scale=self.guidance_scale, cut=NO_CUT)
+
+    def differences(self, scheduler: Mapping[str, Any]) -> list[str]:
+        """What of a solver's config is other than what was fitted on."""
+        wanted, config = json.loads(self.scheduler), json.loads(json.dumps(dict(scheduler)))
+        classes = [str(one.get("_class_name")) for one in (wanted, config)]
+        if classes[0] != classes[1]:
+            return [f"it is {classes[0][:40]}, not {classes[1]}"]
+        names = sorted({*wanted, *config} - {"_diffusers_version"})
+        return [f"{name} differs" for name in names if wanted.get(name) != config.get(name)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,11 @@ class FittedPlan:
 
 
 def write_plans(path: Path, plans: Sequence[FittedPlan]) -> None:
-    """Write plans that were fitted on the same."""
+    """Write plans that were fitted on the same, to a new file.
+
+    Raises:
+        FileExistsError: there is one.
+    """
     fitted_on = asdict(plans[0].fitted_on)
     content = {
         "schema": SCHEMA,
@@ -116,7 +126,7 @@ def write_plans(path: Path, plans: Sequence[FittedPlan]) -> None:
             for one in plans
         ],
     }
-    write_json(path, content)
+    write_new(path, to_json(content))
 
 
 def read_plans(path: Path) -> tuple[FittedPlan, ...]:
@@ -131,12 +141,13 @@ def read_plans(path: Path) -> tuple[FittedPlan, ...]:
         if schema != SCHEMA:
             raise ValueError(f"its schema is {schema[:40]!r}, and this encache reads {SCHEMA!r}")
         fitted_on = _parse_fitted_on(_get(data, "fitted_on", dict))
+        last = _whole(json.loads(fitted_on.scheduler), "num_train_timesteps") - 1
         listed = _get(data, "plans", list)
         if not listed:
             raise ValueError("it holds no plan")
         plans = [
             FittedPlan(
-                parse_plan(_get(one, "plan", dict)),
+                _within(parse_plan(_get(one, "plan", dict)), last),
                 fitted_on,
                 _parse_measured(_get(one, "measured", dict)),
             )
@@ -152,28 +163,24 @@ def choose_plan(
 
     Args:
         plans: at least one.
-        quality: least PSNR in dB.
-        budget: most rows, as a share of the full sampler's. Of neither, the nearest of all.
+        quality: least PSNR in dB. Of neither, it is `DEFAULT_QUALITY`, if a plan has that.
+        budget: most rows, as a share of the full sampler's.
 
     Raises:
         PlanError: there is none.
     """
-    fitting = [
-        one
-        for one in plans
-        if (quality is None or one.measured.psnr >= quality)
-        and (budget is None or one.share <= budget)
-    ]
-    if not fitting:
-        best = max(one.measured.psnr for one in plans)
-        least = min(one.share for one in plans)
-        raise PlanError(
-            f"No plan in the file is that good or that cheap: the best has {best:.1f} dB, the "
-            f"cheapest a share of {least:.2g}. Ask for less, or fit more plans with encache-fit."
-        )
-    if quality is not None:
-        return min(fitting, key=lambda one: one.share)
-    return min(fitting, key=lambda one: one.measured.error)
+    cheap = [one for one in plans if budget is None or one.share <= budget]
+    least = DEFAULT_QUALITY if quality is None and budget is None else quality
+    good = [one for one in cheap if least is not None and one.measured.psnr >= least]
+    if good:
+        return min(good, key=lambda one: one.share)
+    if cheap and quality is None:
+        return min(cheap, key=lambda one: one.measured.error)
+    there = ", ".join(f"{one.measured.psnr:.1f} dB for {one.share:.2g}" for one in plans)
+    raise PlanError(
+        f"No plan in the file is that good and that cheap. There are {there} of the full sampler's "
+        "rows: ask for less, or fit more with encache-fit."
+    )
 
 
 def check_fits(
@@ -199,17 +206,11 @@ def check_fits(
     Raises:
         PlanError: its numbers mean nothing here.
     """
-    wanted = json.loads(fitted_on.scheduler)
-    solver = json.loads(json.dumps(dict(scheduler)))
-    names = sorted(
-        name
-        for name in {*wanted, *solver} - {"_diffusers_version"}
-        if wanted.get(name) != solver.get(name)
-    )
+    solver = fitted_on.differences(scheduler)
     fitted, asked = (rows_per_picture(one) for one in (fitted_on.guidance_scale, guidance_scale))
     differences = {
         f"another model ({fitted_on.model[:12]}, not {model[:12]})": model != fitted_on.model,
-        f"another solver (it differs in {', '.join(names)})": bool(names),
+        f"another solver ({', '.join(solver)})": bool(solver),
         f"{fitted_on.steps} steps, not {steps}": steps != fitted_on.steps,
         f"guidance {fitted_on.guidance_scale:g}, not {guidance_scale:g}": fitted != asked,
     }
@@ -217,7 +218,7 @@ def check_fits(
         if present:
             raise PlanError(
                 f"The plan was fitted for {difference}. Sample as it was fitted, fit another with "
-                "encache-fit, or leave --plan out."
+                "encache-fit, or do without a plan: with --stride."
             )
     if not fitted_on.near(guidance_scale):
         return (
@@ -327,6 +328,19 @@ def _parse_step(data: Any) -> Evaluate:
         slot=None,
         branches=branches,
     )
+
+
+def _within(plan: Plan, last: float) -> Plan:
+    """The plan, whose denoiser is told no time that it does not know.
+
+    Raises:
+        ValueError: it is.
+    """
+    for step in plan.steps:
+        assert isinstance(step, Evaluate)
+        if not 0 <= step.timestep <= last:
+            raise ValueError(f"'timestep' of call {step.call} must lie between 0 and {last:g}")
+    return plan
 
 
 def _check_order(plan: Plan) -> None:

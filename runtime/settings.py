@@ -38,7 +38,9 @@ class Policy:
     @property
     def arguments(self) -> dict[str, Any]:
         """As arguments for `EncachePipeline`, whose engines decide the cut."""
-        return {name: value for name, value in vars(self).items() if name != "cut"}
+        if self.plan:
+            return {"plan": self.plan}
+        return {name: value for name, value in vars(self).items() if name not in ("cut", "plan")}
 
 
 #: Samples without a cache.

@@ -3,7 +3,7 @@
 import math
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -162,9 +162,11 @@ class Intake:
         Raises:
             EncacheError: a number is none, or there are too many steps.
         """
-        settings = self.default
-        if policy.wished != UNSAID:
-            settings = resolve(policy.wished.over(self.base), self.model, self.guidance_scale)
+        settings, wished = self.default, policy.wished
+        names = ("steps", "guidance_scale")
+        same = {one: None for one in names if getattr(wished, one) == getattr(settings, one)}
+        if replace(wished, **same) != UNSAID:  # else it may be a fitted plan
+            settings = resolve(wished.over(self.base), self.model, self.guidance_scale)
         if not math.isfinite(settings.guidance_scale):
             raise EncacheError("guidance_scale must be a finite number.")
         if settings.steps > self.limits.steps:

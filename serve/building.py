@@ -122,6 +122,8 @@ def build_app(offer: Offer, token: str | None, *, keeps: bool = True) -> Any:
     base = sampling.wished(opening.cut)
     if sampling.key_calls:  # which were settled with the solver
         base = replace(base, stride=None, key_calls=run.settings.policy.key_calls)
+    if run.settings.policy.plan:  # who leaves it out keeps its steps
+        base = replace(base, steps=run.settings.steps)
     most = Limits(
         limits.max_side or 2 * max(generator.pipeline.spec.picture_size),
         limits.max_steps,

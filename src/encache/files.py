@@ -115,9 +115,14 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def to_json(content: Any) -> bytes:
+    """As JSON, a line per value."""
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write what JSON can hold, a line per value, atomically."""
-    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+    """Write what JSON can hold, atomically."""
+    write_atomically(path, to_json(content))
 
 
 def decode_text(content: bytes, name: object) -> str:

@@ -95,6 +95,12 @@ def test_fitted_plans_are_timed_beside_strides(model_folder, plans, tmp_path):
     assert "fitted for 10 steps, not 11" in refused.stderr
 
 
+def test_plans_need_the_output_cache(plans):
+    refused = bench("--plan", plans, "--cut", "mid")
+    assert refused.exit_code == 2
+    assert "add --cut none" in refused.stderr
+
+
 def test_weights_made_for_a_plan_are_timed_beside_their_base(model_folder, tmp_path):
     tuned = save_tuned(tmp_path, model_folder, ONE_SEGMENT)
     path = tmp_path / "bench.json"

@@ -123,15 +123,18 @@ def test_listed_key_calls_another_solver_and_no_guidance(arguments, tmp_path):
         (("--key-calls", "0,2", "--search", "2"), "--search means nothing beside --key-calls"),
         (("--runs", "7"), "between 1 and 6 calls, not 7"),
         (("--key-calls", "paper"), "for 50 and 20 calls, not for 6"),
+        (("--engine-dir", "engines"), "--engine-dir means nothing with --backend torch"),
+        (("--num-images", "15"), "15 is not in the range"),
     ],
 )
-def test_what_does_not_go_together_is_refused(arguments, more, reason):
+def test_what_does_not_go_together_is_refused_before_a_picture(arguments, more, reason, tmp_path):
     result = CliRunner().invoke(main, arguments(*more))
     assert result.exit_code != 0
     assert reason in result.output.replace("\n", " ")
+    assert not [*tmp_path.glob("store/*")]
 
 
-def test_a_missing_library_is_named(arguments, monkeypatch):
+def test_a_missing_library_is_named(arguments, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pymoo", None)
     monkeypatch.delitem(sys.modules, "encache.evaluate.search", raising=False)
     for name in [name for name in sys.modules if name.startswith("pymoo.")]:
@@ -139,6 +142,7 @@ def test_a_missing_library_is_named(arguments, monkeypatch):
     result = CliRunner().invoke(main, arguments("--runs", "2", "--search", "1"))
     assert result.exit_code == 1
     assert "--search needs pymoo" in result.output
+    assert not [*tmp_path.glob("store/*")]
 
 
 def test_another_model_has_no_prompts_of_its_own(model_folder, tmp_path):

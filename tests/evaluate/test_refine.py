@@ -12,7 +12,8 @@ from tests.evaluate.test_fit import SCALE, batches_of, model, rule_of
 
 __all__ = ["model"]  # a fixture
 
-SETTINGS = Refinement(steps=6, kept=2)
+LAST = 999.0
+SETTINGS = Refinement(steps=6, kept=2, rate=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def freedom_of(problem, plan):
     for batch in batches:
         run_plan(plan, batch, denoise)
         histories.append(list(batch.history))
-    return Freedom(plan, histories, 500.0)
+    return Freedom(plan, histories, 500.0, LAST)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler"])
@@ -62,6 +63,14 @@ def test_a_frozen_plan_is_what_was_differentiated(problem):
     )
 
 
+def test_the_denoiser_is_told_no_time_that_it_does_not_know(problem):
+    freedom = freedom_of(problem, rule_of()[1])
+    for far in (100.0, -100.0):
+        told = freedom.timesteps(torch.full((len(freedom),), far))
+        assert told.min() >= 0
+        assert told.max() <= LAST
+
+
 def test_the_gradient_is_the_quotient_of_differences(problem):
     batches, _, _, gradients = problem
     _, plan = rule_of()
@@ -89,12 +98,12 @@ def test_refining_lowers_the_error_and_goes_on_after_a_stop(problem):
             kept[step] = make()
         return kept[step]
 
-    whole = refine(rule, batches, validation, denoise, gradients, SETTINGS, keep)
+    whole = refine(rule, batches, validation, denoise, gradients, SETTINGS, LAST, keep)
     assert sorted(kept) == [2, 4, 6]
     before, after = (errors_of(plan, validation, denoise).mean() for plan in (rule, whole))
     assert after < 0.9 * before
     del kept[4], kept[6]  # stopped after the first look
-    assert refine(rule, batches, validation, denoise, gradients, SETTINGS, keep) == whole
+    assert refine(rule, batches, validation, denoise, gradients, SETTINGS, LAST, keep) == whole
 
 
 def test_what_does_not_serve_the_validation_pictures_is_not_taken(problem):
@@ -105,4 +114,4 @@ def test_what_does_not_serve_the_validation_pictures_is_not_taken(problem):
         state = make()
         return {**state, "numbers": state["numbers"] + np.float64(100.0)}
 
-    assert refine(rule, batches, validation, denoise, gradients, SETTINGS, ruin) == rule
+    assert refine(rule, batches, validation, denoise, gradients, SETTINGS, LAST, ruin) == rule

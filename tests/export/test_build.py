@@ -75,9 +75,12 @@ def test_graphs_are_opset_23_with_free_dimensions(up2_folder):
 
 
 @pytest.mark.parametrize("cut", ["mid", "up0", "up1"])
-def test_every_other_cut_exports_with_parity(slim_folder, tmp_path, cut):
-    request = Request(find_checkpoint(slim_folder), cut)
-    folder = build_engines(request, tmp_path)
+def test_every_other_cut_exports_with_parity_and_the_models_plans(slim_folder, tmp_path, cut):
+    model = shutil.copytree(slim_folder, tmp_path / "model")
+    (model / "plans.json").write_text("plans")
+    folder = build_engines(Request(find_checkpoint(model), cut), tmp_path)
+    assert (folder / "plans.json").read_text() == "plans"
+    assert "plans.json" not in read_manifest(folder).files  # which may be exchanged
     assert [feature.name for feature in read_manifest(folder).features][-1] == "hidden"
     picture = EncachePipeline.from_engines(folder)(
         "red apple", num_inference_steps=4, stride=2, height=24, width=40

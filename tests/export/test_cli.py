@@ -35,7 +35,7 @@ def test_a_unet_over_its_base(slim_folder, tmp_path):
     assert "checked unet: relative error" in result.stderr
 
 
-def test_mistakes(model_folder):
+def test_mistakes(model_folder, engine_folder):
     for arguments, code, word in [
         (("--ckpt", "/no/model"), 1, "/no/model"),
         (("--ckpt", "model.ckpt"), 1, "pickle"),
@@ -43,6 +43,7 @@ def test_mistakes(model_folder):
         (("--cut", "down1"), 2, "down1"),
         (("--dtype", "int4"), 2, "int4"),
         (("--ckpt", model_folder, "--engine-dir", "/proc/none"), 1, "/proc/none"),
+        (("--ckpt", model_folder, "--engine-dir", engine_folder), 1, "its parent"),
     ]:
         result = export(*arguments)
         assert result.exit_code == code, result.output

@@ -9,10 +9,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from encache.errors import EncacheError, PlanError
+from encache.evaluate.fit import widen
+from encache.model.checkpoint import find_checkpoint
+from encache.model.loading import read_outline
 from encache.runtime.cli import main
 from encache.runtime.images import read_metadata
 from encache.runtime.pipeline import EncachePipeline
 from encache.runtime.plan import make_plan
+from encache.runtime.schedulers import full_config, make_scheduler
 from encache.runtime.settings import Policy
 from tests.conftest import make_pipeline
 
@@ -54,6 +58,7 @@ def test_a_plan_of_the_file_draws_its_own_picture(run, plans, tmp_path, chosen, 
         (("--stride", 5), "--stride means nothing beside a plan"),
         (("--blend", "reuse"), "--blend means nothing beside a plan"),
         (("--quality", 60), "No plan in the file is that good"),
+        (("--quality", 30, "--budget", 0.3), "that good and that cheap"),
         (("--cut", "up2"), "caches the output"),
     ],
 )
@@ -71,6 +76,40 @@ def test_another_models_plan_is_refused(run, plans):
     result = run("--plan", plans)
     assert result.exit_code == 1
     assert "fitted for another model" in result.stderr
+
+
+def alter_scheduler(plans, change):
+    content = json.loads(plans.read_text())
+    change(content["fitted_on"]["scheduler"])
+    plans.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: config.pop("_class_name"), "another solver (it is None, not"),
+        (lambda config: config.update(_class_name="os"), "another solver (it is os, not"),
+        (lambda config: config.update(beta_end=0.5), "another solver (beta_end differs)"),
+        (lambda config: config.clear(), "'num_train_timesteps' must be a whole number"),
+        (lambda config: config.update(num_train_timesteps=10**9), "must be a whole number"),
+        (lambda config: config.update(num_train_timesteps=5), "must lie between 0 and 4"),
+    ],
+)
+def test_what_a_plan_says_of_a_solver_is_only_compared(run, plans, change, words):
+    alter_scheduler(plans, change)
+    result = run("--plan", plans)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_solver_that_a_plan_was_fitted_with_is_found_by_its_name(run, plans, model_folder):
+    own = read_outline(find_checkpoint(model_folder)).scheduler
+    other = full_config(make_scheduler("dpmsolver++", own))
+    alter_scheduler(plans, lambda config: (config.clear(), config.update(other)))
+    assert run("--plan", plans, "--dry-run").exit_code == 0
+    refused = run("--plan", plans, "--scheduler", "ddim")
+    assert "it is DPMSolverMultistepScheduler, not DDIMScheduler" in refused.stderr
 
 
 def test_another_guidance_is_warned_of_and_drawn(run, plans):
@@ -150,7 +189,11 @@ def test_in_python():
     plan = make_plan(ours.scheduler, 6, Policy(3))
     expected = ours("x", stride=3, latents=noise, **call).images
     assert torch.equal(ours("x", plan=plan, latents=noise, **call).images, expected)
-    with pytest.raises(EncacheError, match="not both"):
-        ours("x", plan=plan, stride=3, latents=noise, **call)
+    for name, value in {"stride": 3, "blend": "reuse", "prior_noise": True}.items():
+        with pytest.raises(EncacheError, match=f"a plan or {name}, not both"):
+            ours("x", plan=plan, latents=noise, **{name: value}, **call)
+    guided = widen(plan, ["apart"] * plan.num_evaluations, 3.0)
+    with pytest.raises(EncacheError, match="fitted with guidance"):
+        ours("x", plan=guided, latents=noise, guidance_scale=1.0, **call)
     with pytest.raises(PlanError, match="one of 6 calls, and the solver makes 7"):
         ours("x", plan=plan, latents=noise, num_inference_steps=7)

@@ -91,6 +91,9 @@ DAMAGES = {
     "'branches' must be one of": lambda data: plan_of(data)["steps"][1].update(branches="both"),
     "'error' holds something": lambda data: data["plans"][0]["measured"].update(error=None),
     "'scheduler' is missing": lambda data: data["fitted_on"].update(scheduler="exec"),
+    "'timestep' of call 4 must lie between 0 and 999": lambda data: plan_of(data)["steps"][
+        1
+    ].update(timestep=1045.6),
 }
 
 
@@ -134,12 +137,20 @@ def test_a_front_is_asked_for_quality_or_cost(path):
     plans = read_plans(path)
     cheap, dear = plans
     assert choose_plan(plans) == dear
+    assert choose_plan([fitted(4, 60.0), fitted(5, 50.0), fitted(10, 25.0)]) == fitted(5, 50.0)
     assert choose_plan(plans, quality=20) == cheap
     assert choose_plan(plans, quality=30) == dear
     assert choose_plan(plans, budget=0.2) == cheap
+    assert choose_plan(plans, quality=20, budget=0.9) == cheap
     for asked in ({"quality": 40}, {"budget": 0.05}, {"quality": 30, "budget": 0.2}):
-        with pytest.raises(PlanError, match="the best has 35.0 dB, the cheapest a share of 0.1"):
+        with pytest.raises(PlanError, match="There are 25.0 dB for 0.1, 35.0 dB for 0.25 of"):
             choose_plan(plans, **asked)
+
+
+def test_a_plan_file_is_never_written_over(path):
+    with pytest.raises(FileExistsError):
+        write_plans(path, [fitted(5)])
+    assert len(read_plans(path)) == 2
 
 
 def fits(**changes):
@@ -163,8 +174,11 @@ def test_a_plan_serves_what_it_was_fitted_for():
     ("changes", "reason"),
     [
         ({"model": "def456"}, "another model"),
-        ({"scheduler": full_config(solver("dpmsolver++"))}, "another solver .*_class_name"),
-        ({"scheduler": full_config(solver("ddim", beta_end=0.02))}, "differs in beta_end"),
+        (
+            {"scheduler": full_config(solver("dpmsolver++"))},
+            "another solver .it is DDIMScheduler, not DPM",
+        ),
+        ({"scheduler": full_config(solver("ddim", beta_end=0.02))}, "beta_end differs"),
         ({"steps": 50}, "20 steps, not 50"),
         ({"guidance_scale": 1.0}, "guidance 3, not 1"),
     ],

@@ -94,10 +94,12 @@ def test_a_fitted_plan_is_drawn_unless_asked_otherwise(engine_folder, tmp_path):
     write_plans(path, [FittedPlan(plan, on, Measured(1, 0.1, (0.0, 1.0), 1.0, 40.0))])
     with Served(engine_folder, sampling=SamplingOptions(plan_file=path)) as served:
         own = served.post({}, "/v1/plans").json()
-        asked = served.post({"stride": 2, "steps": 4}, "/v1/plans").json()
+        same = {"steps": 4, "guidance_scale": manifest.guidance_scale}
+        assert served.post(same, "/v1/plans").json() == own
+        asked = served.post({"stride": 2}, "/v1/plans").json()
         drawn = picture_of(served.post({"prompt": "x"}).json()["data"][0]["b64_json"])
     assert (own["key_calls"], own["stride"]) == ([0], None)
-    assert asked["key_calls"] == [0, 2]
+    assert asked["key_calls"] == [0, 2]  # of the plan's four steps
     assert json.loads(drawn.info[METADATA_KEY])["plan"] == read_plans(path)[0].plan.hash()
 
 

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from encache.runtime.blend import lagrange_weights
-from encache.runtime.plan import make_plan
-from encache.runtime.rules import (
+from encache.evaluate.rules import (
     RULES,
     adams_weights,
     hermite_weights,
@@ -14,6 +12,8 @@ from encache.runtime.rules import (
     ridge_weights,
     zeus_weights,
 )
+from encache.runtime.blend import lagrange_weights
+from encache.runtime.plan import make_plan
 from encache.runtime.settings import Policy
 from tests.runtime.solvers import solver
 
