@@ -63,7 +63,9 @@ class Sampler:
     few: int
 
 
-OWN, OTHER = Sampler("", 50, (17, 13, 10, 5, 3), 5), Sampler("dpmsolver++", 20, (10, 7, 4), 10)
+OWN, OTHER = Sampler("", 50, (17, 13, 11, 10, 5, 3), 5), Sampler("dpmsolver++", 20, (10, 7, 4), 10)
+#: Plans of so few evaluations are refined twice as long, since a step costs them so little.
+LONGER = 5
 #: From how many pictures the same plan is fitted.
 FEWER = (16, 32, 64, 128)
 #: Evaluations of the plan that is drawn otherwise than it was fitted.
@@ -127,7 +129,6 @@ class Study:
             trajectories,
             self.pictures,
             self.held_out,
-            Refinement(self.options.refine_steps),
             lambda: differentiable_model(self.checkpoint, self.scale, pipeline.device),
         )
 
@@ -171,7 +172,8 @@ class Study:
 
     def refined(self, keys: tuple[int, ...]) -> Setting:
         """Fitted by least squares and gradients."""
-        return self.by(self.fitter.fit(apart(keys, self.scale)))
+        steps = self.options.refine_steps * (2 if len(keys) <= LONGER else 1)
+        return self.by(self.fitter.fit(apart(keys, self.scale), Refinement(steps)))
 
 
 def plans(study: Study) -> Iterator[Row]:
@@ -200,9 +202,9 @@ def rules(study: Study) -> Iterator[Row]:
 def searched(study: Study) -> Iterator[Row]:
     """Key calls moved by NSGA-II."""
     for keys in study.search():
-        yield study.row("searched key calls, rule", study.rule(keys))
-        yield study.row("searched key calls, least squares", study.squares(keys))
-        yield study.row("searched key calls, gradients", study.refined(keys))
+        ways = {"rule": study.rule, "least squares": study.squares, "gradients": study.refined}
+        for way, make in ways.items():
+            yield {**study.row(way, make(keys)), "key_calls": keys}
 
 
 def rows(study: Study) -> Iterator[Row]:
@@ -212,8 +214,9 @@ def rows(study: Study) -> Iterator[Row]:
             branches = tuple(_branches(one) for one in guided)
             wanted = Wanted(spread_key_calls(len(guided), study.num_calls), branches)
             fitted = study.fitter.fit_squares(wanted)
-            yield study.row(f"{where}, rule", study.by(study.fitter.rule(wanted)))
-            yield study.row(f"{where}, least squares", study.by(fitted))
+            ways = {"rule": study.fitter.rule(wanted), "least squares": fitted}
+            for way, plan in ways.items():
+                yield {**study.row(way, study.by(plan)), "guided": where, "budget": budget}
 
 
 def _guided(budget: int, num_calls: int) -> dict[str, list[bool]]:

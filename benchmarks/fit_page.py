@@ -10,17 +10,25 @@ from encache.evaluate.headline import significant, with_interval
 from encache.evaluate.results import Interval
 
 SOLVERS = ("ddim", "dpmsolver++")
-#: Which runs have guidance, where not all do.
-WHERE = ("one in 2", "one in 3", "the first")
+FITTED = ("least squares", "gradients")
+#: Which runs have guidance, where not all do, as the table calls it.
+WHERE = {
+    "all but the last two": "all but the last two",
+    "one in 2": "one in 2",
+    "the first of 2": "the first half",
+    "one in 3": "one in 3",
+    "the first of 3": "the first third",
+}
 
 
 def fill_page(page: str, fit: Mapping[str, Any]) -> str:
     """docs/study.md with the tables of fit.json; a part that was not run has none."""
     parts = {name: part["rows"] for name, part in fit["parts"].items()}
     for solver in SOLVERS:
-        rows = [*parts.get(f"{solver} plans", []), *parts.get(f"{solver} searched", [])]
-        if rows:
+        if rows := parts.get(f"{solver} plans"):
             page = fill(page, f"fitted plans, {solver}", plans_table(rows))
+    if "ddim searched" in parts:
+        page = fill(page, "moved key calls", searched_table(parts))
     if {f"{solver} rules" for solver in SOLVERS} <= parts.keys():
         page = fill(page, "published rules", rules_table(parts))
     if "ddim rows" in parts:
@@ -54,32 +62,50 @@ def plans_table(rows: Sequence[Row]) -> str:
     return markdown(heads, cells)
 
 
+def searched_table(parts: Mapping[str, Sequence[Row]]) -> str:
+    """Key calls that a search moved, beside even ones."""
+    cells = []
+    for solver in SOLVERS:
+        for row in parts.get(f"{solver} searched", []):
+            (even,) = (
+                one
+                for one in parts[f"{solver} plans"]
+                if (one["encoder_runs"], one["name"]) == (row["encoder_runs"], row["name"])
+            )
+            keys = ", ".join(map(str, row["key_calls"]))
+            cells.append((solver, keys, row["name"], *_errors([even, row])))
+    return markdown(["solver", "key calls", "way", "evenly spread", "moved"], cells)
+
+
 def rules_table(parts: Mapping[str, Sequence[Row]]) -> str:
     """Latent errors of rules at equal key calls, as multiples of the line's."""
     cells = []
     for solver in SOLVERS:
         known = [*parts[f"{solver} rules"], *parts[f"{solver} plans"]]
-        budgets = sorted({row["encoder_runs"] for row in parts[f"{solver} plans"]})[-2::-1]
-        for budget in budgets:
+        budgets = {row["encoder_runs"] for row in parts[f"{solver} rules"] if row["name"] == "ab2"}
+        for budget in sorted(budgets, reverse=True):
             found = {row["name"]: row for row in known if row["encoder_runs"] == budget}
-            names = ("plain", "rule", "ab2", "zeus", "hicache", "spectrum", "least squares")
+            names = ("plain", "rule", "ab2", "zeus", "hicache", "spectrum", *FITTED)
             cells.append((solver, str(budget), *_errors([found.get(name) for name in names])))
     heads = ["solver", "runs", "plain steps", "a line (the default)", "AB2", "ZEUS", "HiCache"]
-    return markdown([*heads, "Spectrum", "least squares"], cells)
+    return markdown([*heads, "Spectrum", *FITTED], cells)
 
 
 def branches_table(parts: Mapping[str, Sequence[Row]]) -> str:
     """Plans of equal rows that leave guidance out at some of their runs, which buys more runs."""
     cells = []
     for solver in SOLVERS:
-        found = parts.get(f"{solver} rows", [])
-        # a budget's plans stand together, in this order
-        fitted = iter([row for row in found if row["name"].endswith("least squares")])
-        whole = [row for row in parts[f"{solver} plans"] if row["name"] == "least squares"]
-        for row, *sparse in zip(whole, *[fitted] * len(WHERE), strict=False):
-            errors = _errors([row, *sparse])
-            runs = [one["encoder_runs"] for one in (row, *sparse)]
-            pairs = [f"{error} ({number})" for error, number in zip(errors, runs, strict=True)]
+        for row in parts[f"{solver} plans"]:
+            sparse = {
+                one["guided"]: one
+                for one in parts.get(f"{solver} rows", [])
+                if (one["budget"], one["name"]) == (row["encoder_runs"], row["name"])
+            }
+            if row["name"] != "least squares" or not sparse:
+                continue
+            rows = [row, *(sparse[where] for where in WHERE)]
+            runs = (one["encoder_runs"] for one in rows)
+            pairs = [f"{error} ({one})" for error, one in zip(_errors(rows), runs, strict=True)]
             cells.append((solver, str(row["rows"]), *pairs))
     return markdown(["solver", "rows", "every", *WHERE.values()], cells)
 

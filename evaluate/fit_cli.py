@@ -130,15 +130,15 @@ def main(
         trajectories,
         pictures,
         held_out,
-        Refinement(fitting.refine_steps) if fitting.refine_steps else None,
         lambda: differentiable_model(checkpoint, scale, trajectories.pipeline.device),
     )
     found = []
+    refinement = Refinement(fitting.refine_steps) if fitting.refine_steps else None
     if find:
         listed = fitter.search([len(keys) for keys in listed], find)
     for keys in listed:
         wanted = apart(keys, scale)
-        found.append(fitter.measure(fitter.fit(wanted), wanted))
+        found.append(fitter.measure(fitter.fit(wanted, refinement), wanted))
         click.echo(_describe(found[-1]), err=True)
     write_plans(output, found)
     echo_path(output)

@@ -61,7 +61,6 @@ class Fitter:
         trajectories: of the full sampler.
         pictures: to fit on, 16 or more.
         held_out: to measure on.
-        refinement: None does without gradients.
         gradients: makes the denoiser in PyTorch, when it is first needed.
     """
 
@@ -70,13 +69,11 @@ class Fitter:
         trajectories: Trajectories,
         pictures: Pictures,
         held_out: Pictures,
-        refinement: Refinement | None,
         gradients: Callable[[], Denoise],
     ) -> None:
         self.trajectories = trajectories
         self.pictures = pictures
         self.held_out = held_out
-        self.refinement = refinement
         self._make_gradients = gradients
 
     @cached_property
@@ -128,12 +125,17 @@ class Fitter:
 
         return parse_plan(json.loads(self.trajectories.store.get(described, make)["plan"].item()))
 
-    def fit(self, wanted: Wanted) -> Plan:
-        """Fit the weights, and refine them; whatever serves validation best, the rule included."""
+    def fit(self, wanted: Wanted, refinement: Refinement | None) -> Plan:
+        """Fit the weights, and refine them; whatever serves validation best, the rule included.
+
+        Args:
+            wanted: what is fitted.
+            refinement: None does without gradients.
+        """
         fitted = self.fit_squares(wanted)
         candidates = [self.rule(wanted), fitted]
-        if self.refinement:
-            candidates.append(self._refine(fitted, self.refinement))
+        if refinement:
+            candidates.append(self._refine(fitted, refinement))
         return min(candidates, key=self.validation_error)
 
     def validation_error(self, plan: Plan) -> float:

@@ -28,7 +28,7 @@ DEFAULT_QUALITY = 48.0
 _MOST = 10_000
 #: How far a run's guidance may be from the fitted one, as a share of it, before it is said.
 _NEAR = 0.1
-_REMEDY = "Fetch the file again, or fit the plan again with encache-fit."
+_REMEDY = "Fetch the file again, fit again with encache-fit, or do without a plan: with --stride."
 
 
 @dataclass(frozen=True)

@@ -304,6 +304,11 @@ def build(model_folder, tmp_path_factory, cut, dtype="fp32"):
 @pytest.fixture
 def plans(model_folder, tmp_path):
     """Two plans that are the rule itself, at strides 2 and 5."""
+    return write_rules(tmp_path / "plans.json", model_folder)
+
+
+def write_rules(path, model_folder):
+    """The same, in a new file."""
     checkpoint = find_checkpoint(model_folder)
     scheduler = read_outline(checkpoint).scheduler
     on = FittedOn(
@@ -314,7 +319,6 @@ def plans(model_folder, tmp_path):
         prompts="0" * 64,
         num_pictures=1,
     )
-    path = tmp_path / "plans.json"
     write_plans(
         path,
         [

@@ -39,7 +39,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from tests.conftest import ONE_SEGMENT, save_tuned
+from tests.conftest import ONE_SEGMENT, save_tuned, write_rules
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "model/emoji/README.md"]
@@ -121,7 +121,8 @@ def terminal(tmp_path_factory, model_folder, engine_folder):
     tuned = save_tuned(other, model_folder, ONE_SEGMENT).weights
     for name in TUNED:
         link(folder / name, tuned)
-    for name in ("plans.json", "prompts.csv", "prompts.parquet", "token.txt"):
+    write_rules(folder / "plans.json", model_folder)
+    for name in ("prompts.csv", "prompts.parquet", "token.txt"):
         (folder / name).write_text("a file that only has to be there")
     (folder / "path/to/pictures").mkdir()
     for name in ("photo.png", "mask.png", "edges.png"):

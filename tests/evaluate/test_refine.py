@@ -1,10 +1,12 @@
 """Plans refined by gradients: the gradient is right, validation decides, a stop changes nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from encache.evaluate.fit import errors_of, run_plan
+from encache.evaluate.fit import errors_of, run_plan, typical_error
 from encache.evaluate.refine import Freedom, Refinement, differentiable, refine
 from encache.model.backbone import backbone_of
 from tests.conftest import tiny_unet
@@ -104,6 +106,24 @@ def test_refining_lowers_the_error_and_goes_on_after_a_stop(problem):
     assert after < 0.9 * before
     del kept[4], kept[6]  # stopped after the first look
     assert refine(rule, batches, validation, denoise, gradients, SETTINGS, LAST, keep) == whole
+
+
+def test_pictures_that_go_astray_do_not_lead(problem):
+    batches, validation, denoise, gradients = problem
+    _, rule = rule_of()
+
+    def spoil(batch):
+        def wanted():
+            latents = batch.wanted().clone()
+            latents[:, 0] *= -1  # half of the pictures, of which no plan makes that
+            return latents
+
+        return replace(batch, wanted=wanted, history=[])
+
+    spoilt = [spoil(batch) for batch in batches]
+    refined = refine(rule, spoilt, validation, denoise, gradients, SETTINGS, LAST)
+    before, after = (typical_error(plan, validation, denoise) for plan in (rule, refined))
+    assert after < 0.95 * before
 
 
 def test_what_does_not_serve_the_validation_pictures_is_not_taken(problem):
