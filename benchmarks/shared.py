@@ -153,6 +153,9 @@ def report(evaluation: Evaluation, output: Path, again: list[str]) -> None:
     assert evaluation.extractor
     real = read_real(REAL, evaluation.extractor, (64, 64), evaluation.store)
     wanted = [full, *fewer, *cached, *students]
+    names = {one.name for one in wanted}
+    for name in [name for name in kept if "fitted plan" in name and name not in names]:
+        del kept[name]  # of plans that no longer ship
     for setting in tqdm([one for one in wanted if one.name not in kept]):
         opponent = None
         if not setting.plain or setting.model != SHIPPED:
