@@ -128,7 +128,7 @@ def fewer_table(parts: Mapping[str, Sequence[Row]]) -> str:
     rows = [*parts["ddim fewer"], *whole]
     numbers = sorted({row["pictures"] for row in rows})
     cells = []
-    for runs in sorted({row["encoder_runs"] for row in whole}, reverse=True):
+    for runs in sorted({row["encoder_runs"] for row in parts["ddim fewer"]}, reverse=True):
         rule = _find(parts["ddim plans"], encoder_runs=runs, name="rule")
         fitted = [_find(rows, encoder_runs=runs, pictures=number) for number in numbers]
         cells.append((str(runs), *_errors([rule, *fitted])))
