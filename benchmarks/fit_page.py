@@ -67,11 +67,8 @@ def searched_table(parts: Mapping[str, Sequence[Row]]) -> str:
     cells = []
     for solver in SOLVERS:
         for row in parts.get(f"{solver} searched", []):
-            (even,) = (
-                one
-                for one in parts[f"{solver} plans"]
-                if (one["encoder_runs"], one["name"]) == (row["encoder_runs"], row["name"])
-            )
+            same = {name: row[name] for name in ("encoder_runs", "name")}
+            even = _find(parts[f"{solver} plans"], **same)
             keys = ", ".join(map(str, row["key_calls"]))
             cells.append((solver, keys, row["name"], *_errors([even, row])))
     return markdown(["solver", "key calls", "way", "evenly spread", "moved"], cells)
